@@ -1,0 +1,1 @@
+"""The only types that cross roles: trainer commands, samples, probes, progress, and the errors all of them answer with."""

@@ -1,0 +1,198 @@
+"""Commands of a driver to a trainer: `POST /v1/<command>`.
+
+Commands are idempotent within (run, epoch, incarnation): the trainer keeps the answer of the last `seq` and repeats
+it; the next expected one is last + 1, anything else is a SequenceGap. `reset` opens an epoch (seq 0): all rows of the
+run are forgotten and come back from the store when admitted. A new incarnation (trainer restart) or epoch (driver
+restart) replays the whole step; nothing in memory is trusted across either.
+
+`forward_backward` carries samples and so travels as Arrow (`allele.protocol.samples`); everything else is JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ByteRange(Wire):
+    """Bytes of an object in the population's store, with their sha256 (hex): one ranged GET."""
+
+    path: str
+    offset: int = Field(ge=0)
+    length: int = Field(gt=0)
+    digest: str
+
+
+class AdapterSpec(Wire):
+    """What an adapter is apart from its numbers."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    """Names of PEFT target modules, e.g. q_proj."""
+    scaling: Literal["Standard", "RankStabilised"] = "Standard"
+    init: Literal["Standard"] = "Standard"
+
+    @property
+    def scale(self) -> float:
+        """Factor on B·A·x: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732)."""
+        return self.alpha / (self.rank if self.scaling == "Standard" else self.rank**0.5)
+
+
+class OptimizerSpec(Wire):
+    """AdamW (arXiv:1711.05101) with a clip of each member's own gradient norm; the learning rate comes with each step."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+class LossSpec(Wire):
+    """PPO-clip token loss of GRPO: −Σ_t w·min(ρ_t·A, clip(ρ_t, 1−low, 1+high)·A), ρ against the rollout's logprobs.
+
+    w = 1 / (tokens of that member in the command), so that a member's loss does not depend on who shares its batch.
+    """
+
+    kind: Literal["GRPO"] = "GRPO"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+
+
+class MemberStart(Wire):
+    """Where a member starts after a reset: `state` resumes exactly; `weights` alone means a fresh optimizer; neither: init by seed."""
+
+    member: str
+    adapter: AdapterSpec
+    optimizer: OptimizerSpec
+    seed: int
+    state: ByteRange | None = None
+    weights: ByteRange | None = None
+
+
+class Header(Wire):
+    run: str
+    epoch: int
+    incarnation: str
+    seq: int
+
+
+class Reset(Wire):
+    run: str
+    epoch: int
+    namespace: str
+    population: str
+    members: tuple[MemberStart, ...]
+
+
+class ResetDone(Wire):
+    incarnation: str
+    slots: int
+    base_digest: str
+
+
+class Admit(Wire):
+    """Make rows of these members resident (at most `slots`); others of the run are written back to host memory."""
+
+    header: Header
+    members: tuple[str, ...]
+
+
+class Admitted(Wire):
+    slots: dict[str, int]
+
+
+class ForwardBackward(Wire):
+    """Header of the Arrow batch `allele.protocol.samples.TRAIN`; gradients add up until optim_step."""
+
+    header: Header
+    loss: LossSpec
+
+
+class MemberLoss(Wire):
+    tokens: int
+    loss: float
+    ratio_mean: float
+    clip_fraction: float
+    logprob_gap: float
+    """max |trained − rollout logprob| over the member's tokens; before any inner epoch it measures engine against trainer."""
+
+
+class ForwardBackwardDone(Wire):
+    members: dict[str, MemberLoss]
+    seconds: float
+
+
+class OptimStep(Wire):
+    header: Header
+    learning_rates: dict[str, float]
+
+
+class MemberUpdate(Wire):
+    step: int
+    """Optimizer steps applied to this member so far."""
+    grad_norm: float
+    skipped: bool
+    """True when the gradient was not finite: the row is unchanged."""
+
+
+class OptimStepDone(Wire):
+    members: dict[str, MemberUpdate]
+
+
+class ProbeSequence(Wire):
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+class Export(Wire):
+    """Write packed adapters as one segment; with probes, also the logprobs of their completions under the exported bytes."""
+
+    header: Header
+    members: tuple[str, ...]
+    probes: tuple[ProbeSequence, ...] = ()
+
+
+class ExportDone(Wire):
+    weights: dict[str, ByteRange]
+    shape_digests: dict[str, str]
+    probe_logprobs: dict[str, tuple[float, ...]]
+    """Per member, completion tokens of all probe sequences one after the other."""
+
+
+class SaveState(Wire):
+    header: Header
+    members: tuple[str, ...]
+
+
+class SaveStateDone(Wire):
+    states: dict[str, ByteRange]
+
+
+class Evict(Wire):
+    header: Header
+    members: tuple[str, ...]
+
+
+class Evicted(Wire):
+    members: tuple[str, ...]
+
+
+class TrainerInfo(Wire):
+    """`GET /v1/info`."""
+
+    incarnation: str
+    base_digest: str
+    slots: int
+    used: int
+    runs: dict[str, int]
+    """Epoch of each run."""
+    torch: str
+    megatron_core: str
+    device: str

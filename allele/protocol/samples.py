@@ -1,0 +1,95 @@
+"""Token ids and logprobs between driver, gateway and trainer: Arrow IPC streams, the command as JSON in the schema's metadata.
+
+Token in, token out: training uses exactly the ids and logprobs that the engine returned; nothing is re-tokenised.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from allele.protocol.commands import Wire
+from allele.protocol.errors import InvalidRequest
+
+MEDIA_TYPE = "application/vnd.apache.arrow.stream"
+_HEADER = b"allele"
+
+PROMPTS = pa.schema(
+    [
+        pa.field("member", pa.string()),
+        pa.field("revision", pa.int64()),
+        pa.field("prompt", pa.list_(pa.int32())),
+    ]
+)
+"""`POST /v1/generate` of a gateway; a null revision samples the base without an adapter."""
+
+COMPLETIONS = pa.schema(
+    [
+        pa.field("request", pa.int32()),
+        pa.field("completion", pa.list_(pa.int32())),
+        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("finish", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+"""Its answer: `n` rows per request row, in request order; `error` is null unless that sample failed."""
+
+TRAIN = pa.schema(
+    [
+        pa.field("member", pa.string()),
+        pa.field("prompt", pa.list_(pa.int32())),
+        pa.field("completion", pa.list_(pa.int32())),
+        pa.field("logprobs", pa.list_(pa.float32())),
+        pa.field("advantage", pa.float32()),
+    ]
+)
+"""`POST /v1/forward_backward` of a trainer."""
+
+
+class Generate(Wire):
+    """Header of a PROMPTS batch."""
+
+    namespace: str
+    population: str
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    version: int | None = None
+    """Catalogue version that the gateway must have seen before it resolves revisions."""
+
+
+class Generated(Wire):
+    """Header of a COMPLETIONS batch."""
+
+    engine: Literal["sglang"] = "sglang"
+    seconds: float
+
+
+H = TypeVar("H", bound=BaseModel)
+
+
+def encode(header: BaseModel, schema: pa.Schema, columns: dict[str, list[object]]) -> bytes:
+    """One record batch as an IPC stream."""
+    schema = schema.with_metadata({_HEADER: header.model_dump_json().encode()})
+    batch = pa.record_batch([pa.array(columns[f.name], type=f.type) for f in schema], schema=schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())
+
+
+def decode(data: bytes, header: type[H], schema: pa.Schema) -> tuple[H, pa.Table]:
+    """The inverse of `encode`. Raises InvalidRequest for other bytes, columns or header."""
+    try:
+        with pa.ipc.open_stream(data) as reader:
+            table = reader.read_all()
+        parsed = header.model_validate_json((table.schema.metadata or {})[_HEADER])
+    except (pa.ArrowInvalid, KeyError, ValidationError) as e:
+        raise InvalidRequest(f"body: expected an Arrow stream with a {header.__name__} header: {e}") from e
+    if not table.schema.remove_metadata().equals(schema):
+        raise InvalidRequest(f"columns: expected {schema.names}, found {table.schema.to_string(show_schema_metadata=False)!r}")
+    return parsed, table
