@@ -1,0 +1,128 @@
+"""AdapterPopulation: groups of members that share a base, each member an adapter of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from allele.api.pool import QWEN3_TARGETS, Rank, Targets
+from allele.api.schema import Digest, FreeForm, Model, Name, Status, Text, cel, schema
+
+
+class BaseRef(Model):
+    digest: Digest = Field(description="Digest of the base; a pool with another base is refused.")
+
+
+class Manifest(Model):
+    config_map: Name = Field(description="ConfigMap of this namespace that holds the manifest.")
+    key: Text = Field("members.jsonl", description='Its key: one JSON object a line, {"name": …, "parameters": {…}}.')
+
+
+class Members(Model):
+    model_config = ConfigDict(
+        json_schema_extra=schema(
+            cel(
+                "has(self.count) != has(self.manifest)",
+                "exactly one of count and manifest must be set",
+                reason="FieldValueInvalid",
+            )
+        )
+    )
+    count: int | None = Field(
+        None,
+        description="Number of members, named <group>-0000 and so on.",
+        ge=1,
+        le=1_000_000,
+        json_schema_extra={"format": "int32"},
+    )
+    manifest: Manifest | None = Field(None, description="Names and parameters of the members.")
+
+
+class Adapter(Model):
+    rank: Rank = Field(8, description="Rank of the adapter's matrices.")
+    alpha: float = Field(16, description="Scaling numerator: alpha/rank, or alpha/√rank.", gt=0, le=65536)
+    scaling: Literal["Standard", "RankStabilised"] = Field(
+        "Standard", description="Standard: alpha/rank. RankStabilised: alpha/√rank."
+    )
+    targets: Targets = Field(
+        default_factory=lambda: list(QWEN3_TARGETS),
+        description="Modules that the adapter changes.",
+        json_schema_extra={"default": QWEN3_TARGETS},
+    )
+    init: Literal["Standard"] = Field(
+        "Standard", description="Standard: A uniform, B zero, so that a new adapter equals the base."
+    )
+
+
+class Group(Model):
+    name: Name = Field(description="Name of the group; members by count are named after it.")
+    members: Members = Field(description="Who belongs to it.")
+    adapter: Adapter = Field(default_factory=Adapter, description="Shape of each member's adapter.")
+    seed: int = Field(
+        0,
+        description="With a member's name, seeds its initialisation.",
+        ge=0,
+        le=2**31 - 1,
+        json_schema_extra={"format": "int64"},
+    )
+    parameters: FreeForm = Field(
+        default_factory=dict, description="Given to the environment with each member; a manifest's row may override."
+    )
+
+
+class Exposure(Model):
+    max_gap: float = Field(
+        1e-4, description="Largest |served − trained| log-probability on the probe that is still exposed.", gt=0, le=10
+    )
+    min_move: float = Field(
+        1e-5, description="Least change of the probe's log-probabilities against the parent revision.", ge=0, le=10
+    )
+
+
+class AdapterPopulationSpec(Model):
+    base: BaseRef = Field(
+        description="The base that all members adapt.",
+        json_schema_extra=schema(cel("self == oldSelf", "base is immutable: create another population")),
+    )
+    store_ref: Name = Field(
+        description="AdapterStore of this namespace.",
+        json_schema_extra=schema(cel("self == oldSelf", "storeRef is immutable: create another population")),
+    )
+    groups: list[Group] = Field(
+        description="Groups of members.",
+        min_length=1,
+        max_length=32,
+        json_schema_extra=schema(
+            cel(
+                "oldSelf.all(o, self.exists(n, n.name == o.name))",
+                "a group cannot be removed or renamed: its revisions are kept",
+            ),
+            cel(
+                "oldSelf.all(o, self.all(n, n.name != o.name || n.adapter == o.adapter))",
+                "the adapter of a group is immutable: add another group",
+            ),
+            list_type="map",
+            list_map_keys=["name"],
+        ),
+    )
+    exposure: Exposure = Field(default_factory=Exposure, description="When a revision may be served.")
+    adopt: bool = Field(
+        False, description="True: take over what another object of this name left in the store, if base and shapes agree."
+    )
+
+
+class MemberCounts(Model):
+    total: int = Field(0, description="Members declared.", ge=0)
+    trained: int = Field(0, description="Members with a committed revision.", ge=0)
+    failed: int = Field(0, description="Members that stopped with an error in the last run.", ge=0)
+
+
+class RevisionCounts(Model):
+    committed: int = Field(0, description="Revisions in the store.", ge=0)
+    exposed: int = Field(0, description="Exposures so far.", ge=0)
+
+
+class AdapterPopulationStatus(Status):
+    members: MemberCounts | None = Field(None, description="Members by state.")
+    revisions: RevisionCounts | None = Field(None, description="Revisions by state.")
