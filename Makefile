@@ -1,0 +1,65 @@
+# `make help` lists the verbs. State of a checkout is under out/ and .venv/; binaries are cached by version outside it.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+MODE ?= cluster
+CLUSTER ?= local
+export KUBECONFIG := $(if $(filter existing,$(CLUSTER)),$(KUBECONFIG),$(CURDIR)/out/cluster/kubeconfig)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help: ## Show the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: env
+env: out/env.stamp ## Python environment in .venv (3 minutes, 6 GB)
+
+out/env.stamp: requirements/all.txt pyproject.toml hack/env.sh
+	@hack/env.sh
+	@touch $@
+
+.PHONY: cluster
+cluster: env ## Kubernetes, JobSet and S3 on this machine (first time 20 minutes; root)
+	@hack/cluster/host.sh
+	@hack/cluster/tools.sh
+	@hack/cluster/up.sh
+
+.PHONY: images
+images: cluster ## Build the project's images into the cluster
+	@hack/images.sh
+
+.PHONY: demo
+demo: ## A population learns, is kept, is served (MODE=local: no cluster; CLUSTER=existing: yours)
+	@hack/demo.sh $(MODE) $(CLUSTER)
+
+.PHONY: down
+down: ## Remove everything that demo and cluster started
+	@hack/down.sh
+
+.PHONY: test
+test: images ## All tests but gpu: unit, integration, end to end
+	$(PY) -m pytest
+
+.PHONY: test-fast
+test-fast: env ## Tests of the inner loop, under a minute
+	$(PY) -m pytest -m "not cluster and not engine and not slow and not gpu"
+
+.PHONY: lint
+lint: env ## ruff, mypy, import-linter, generated files
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	$(PY) -m allele.api.crds --out crds --check
+	charts/allele/sync-crds.sh --check
+
+.PHONY: fmt
+fmt: env ## Format and sort imports
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.PHONY: crds
+crds: env ## Write crds/ from allele/api and copy them into the chart
+	$(PY) -m allele.api.crds --out crds
+	charts/allele/sync-crds.sh
