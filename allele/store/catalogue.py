@@ -1,0 +1,183 @@
+"""The catalogue of a population: a Delta table of facts, the only place where a revision comes to exist.
+
+Reading does not need deltalake's scanner: the Delta log names the parquet files, and these are read through the same
+object client. Tailing reads one log entry per commit and only files that were *added with data*; compaction rewrites
+rows without change of data and is skipped. Log entries are not expired (one small object a commit), so that a reader
+may fall behind by any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from allele.store import facts as rows
+from allele.store.errors import ObjectNotFound, StoreUnavailable
+from allele.store.facts import Fact
+from allele.store.objects import Objects
+
+if TYPE_CHECKING:
+    from allele.store.writer import Writer
+
+FOLDER = "catalogue"
+COMPACT_EVERY = 50
+"""Commits between checkpoints, and files of facts between compactions."""
+
+_CONFIGURATION = {"delta.checkpointInterval": str(COMPACT_EVERY), "delta.enableExpiredLogCleanup": "false"}
+_READ_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """Facts up to `version`, in commit order when they were tailed; iterate it."""
+
+    version: int
+    facts: Sequence[Fact]
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+
+class Catalogue:
+    """Reads facts and starts writers. Opening it touches nothing; the table comes to exist with the first writer."""
+
+    def __init__(self, folder: Objects) -> None:
+        self._objects = folder
+        self._table: DeltaTable | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, population: Objects) -> Catalogue:
+        """`population` is the folder of the population (`PopulationStore.objects`)."""
+        return cls(population.at(FOLDER))
+
+    @property
+    def objects(self) -> Objects:
+        return self._objects
+
+    def start(self, run_uid: str) -> Writer:
+        """Become the only writer of a run: every older one is fenced off. Its `fence` is the epoch of the run.
+
+        The writer gets a table handle of its own: if a reader could move its snapshot forward between the look at the
+        fence and the append, Delta would find no conflict with a fence raised in between.
+        """
+        from allele.store.writer import Writer  # here, or the two modules would import each other at load
+
+        return Writer.start(Catalogue(self._objects), run_uid)
+
+    def version(self) -> int:
+        """Newest version, or -1 before the first writer."""
+        table = self.snapshot()
+        return -1 if table is None else int(table.version())
+
+    def facts(self, since_version: int | None = None) -> Changes:
+        """All facts, or only those of commits after a version that an earlier call returned.
+
+        Raises StoreUnavailable; a failed call has no effect and may be repeated.
+        """
+        if since_version is None or since_version < 0:
+            return self._all_facts()
+        version, paths = since_version, list[str]()
+        while (added := self._added(version + 1)) is not None:
+            version += 1
+            paths += added
+        return Changes(version, tuple(rows.from_arrow(self._read(paths))))
+
+    def table(self) -> pa.Table:
+        """All facts as Arrow, unordered."""
+        return self._read(self._live_files())
+
+    def compact(self) -> int:
+        """Merge small files of facts and write a checkpoint; returns the new version.
+
+        Readers see the same facts, tails see none again. Losing a race against another compaction is no error.
+        """
+        table = self.snapshot()
+        if table is None:
+            return -1
+        try:
+            with self._lock:
+                table.optimize.compact()
+                table.create_checkpoint()
+        except DeltaError as e:
+            if "Concurrent" not in str(e) and "conflict" not in str(e).lower():
+                raise StoreUnavailable(f"{self._objects.url()}: compaction failed: {e}") from e
+        return self.version()
+
+    def snapshot(self, *, create: bool = False) -> DeltaTable | None:
+        """The table at its newest version; None when there is none and `create` is not set."""
+        with self._lock:
+            try:
+                if self._table is not None:
+                    self._table.update_incremental()
+                else:
+                    self._table = self._open_table(create=create)
+            except (DeltaError, OSError) as e:
+                self._table = None
+                raise StoreUnavailable(f"{self._objects.url()}: {e}") from e
+            return self._table
+
+    def _open_table(self, *, create: bool) -> DeltaTable | None:
+        url, options = self._objects.url(), self._objects.delta_options
+        try:
+            return DeltaTable(url, storage_options=options)
+        except TableNotFoundError:
+            if not create:
+                return None
+        try:
+            DeltaTable.create(
+                url, schema=rows.SCHEMA, mode="error", configuration=_CONFIGURATION, storage_options=options
+            )
+        except DeltaError:
+            pass  # another writer created it first; if not, the next line says why
+        return DeltaTable(url, storage_options=options)
+
+    def _live_files(self) -> list[str]:
+        table = self.snapshot()
+        return [] if table is None else _live_paths(table)
+
+    def _all_facts(self) -> Changes:
+        table = self.snapshot()
+        if table is None:
+            return Changes(-1, ())
+        with self._lock:
+            version, paths = int(table.version()), _live_paths(table)
+        facts = sorted(rows.from_arrow(self._read(paths)), key=lambda f: f.order)
+        return Changes(version, tuple(facts))
+
+    def _added(self, version: int) -> list[str] | None:
+        """Files that a commit added with data; None when there is no such commit yet."""
+        try:
+            entry = self._objects.get(f"_delta_log/{version:020d}.json")
+        except ObjectNotFound:
+            return None
+        actions = (json.loads(line).get("add") for line in entry.splitlines() if line.strip())
+        return [unquote(a["path"]) for a in actions if a is not None and a["dataChange"]]
+
+    def _read(self, paths: Sequence[str]) -> pa.Table:
+        if not paths:
+            return rows.SCHEMA.empty_table()
+        with ThreadPoolExecutor(min(_READ_THREADS, len(paths))) as pool:
+            return pa.concat_tables(pool.map(self._read_file, paths))
+
+    def _read_file(self, path: str) -> pa.Table:
+        table = pq.read_table(io.BytesIO(self._objects.get(path)), use_threads=False)
+        return table.select(rows.SCHEMA.names).cast(rows.SCHEMA)
+
+
+def _live_paths(table: DeltaTable) -> list[str]:
+    return [unquote(p) for p in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()]

@@ -1,0 +1,183 @@
+"""Objects of a store by URL: bytes in and out of S3 or a folder, with one set of errors and one set of credentials.
+
+`s3://bucket/prefix` or `file:///dir`. Credentials and endpoint come from the environment under boto3's names and are
+translated here, once, for obstore and for deltalake. Requests are retried with exponential backoff and jitter by
+obstore; a create-only write whose answer was lost may therefore report AlreadyExists for its own object, so callers
+either use unique names or compare what they find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, S3Store
+
+from allele.protocol.errors import InvalidRequest
+from allele.store.errors import AlreadyExists, ObjectNotFound, StoreRefused, StoreUnavailable
+
+PART_BYTES = 8 << 20
+"""Size of a multipart part; larger objects are uploaded in parallel parts of this size."""
+
+_PARALLEL_PARTS = 8
+_RETRY_SECONDS = 60
+_MAX_RETRIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectInfo:
+    path: str
+    size: int
+
+
+def s3_options(environ: Mapping[str, str]) -> dict[str, str]:
+    """boto3's environment variables → options that obstore and deltalake both take (no empty ones)."""
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or ""
+    options = {
+        "aws_access_key_id": environ.get("AWS_ACCESS_KEY_ID", ""),
+        "aws_secret_access_key": environ.get("AWS_SECRET_ACCESS_KEY", ""),
+        "aws_session_token": environ.get("AWS_SESSION_TOKEN", ""),
+        "aws_region": environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        "aws_endpoint": endpoint,
+        "aws_web_identity_token_file": environ.get("AWS_WEB_IDENTITY_TOKEN_FILE", ""),
+        "aws_role_arn": environ.get("AWS_ROLE_ARN", ""),
+        "aws_role_session_name": environ.get("AWS_ROLE_SESSION_NAME", ""),
+        "aws_container_credentials_relative_uri": environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ""),
+    }
+    allow_http = environ.get("AWS_ALLOW_HTTP", "").lower() == "true" or endpoint.startswith("http://")
+    return {k: v for k, v in options.items() if v} | {"aws_allow_http": str(allow_http).lower()}
+
+
+class Objects:
+    """A folder of a store; `at` gives a folder below it over the same connections. Safe to share between threads."""
+
+    def __init__(self, backend: S3Store | LocalStore, *, root: str, prefix: str, options: Mapping[str, str]) -> None:
+        self._backend = backend
+        self._root = root
+        self._prefix = prefix
+        self.delta_options = dict(options)
+        """`storage_options` of deltalake for this store."""
+
+    @classmethod
+    def open(cls, url: str, environ: Mapping[str, str] = os.environ) -> Objects:
+        """Raises InvalidRequest for another scheme; does not connect."""
+        parts = urlsplit(url)
+        prefix = unquote(parts.path).strip("/")
+        if parts.scheme == "file" and not parts.netloc and prefix:
+            return cls(LocalStore("/" + prefix, mkdir=True), root=f"file:///{prefix}", prefix="", options={})
+        if parts.scheme == "s3" and parts.netloc:
+            options = s3_options(environ)
+            backend = S3Store(
+                parts.netloc,
+                config={**options, "aws_conditional_put": "etag"},  # type: ignore[arg-type]  # keys are checked at run time
+                retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
+                client_options={"timeout": "60s", "connect_timeout": "5s"},
+            )
+            delta = options | {"conditional_put": "etag", "max_retries": str(_MAX_RETRIES)}
+            return cls(backend, root=f"s3://{parts.netloc}", prefix=prefix, options=delta)
+        raise InvalidRequest(f"store: expected s3://bucket/prefix or file:///dir, found {url!r}")
+
+    def at(self, folder: str) -> Objects:
+        return Objects(self._backend, root=self._root, prefix=self._key(folder), options=self.delta_options)
+
+    def url(self, path: str = "") -> str:
+        return f"{self._root}/{self._key(path)}".rstrip("/")
+
+    def get(self, path: str) -> bytes:
+        with self._errors(path):
+            return bytes(obstore.get(self._backend, self._key(path)).bytes())
+
+    def get_range(self, path: str, offset: int, length: int) -> bytes:
+        """May return fewer bytes than `length` where the object ends, or raise when it starts beyond the end."""
+        with self._errors(path):
+            return bytes(obstore.get_range(self._backend, self._key(path), start=offset, length=length))
+
+    def get_ranges(self, path: str, offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Neighbouring ranges are fetched in one request."""
+        with self._errors(path):
+            found = obstore.get_ranges(self._backend, self._key(path), starts=offsets, lengths=lengths)
+        return [bytes(b) for b in found]
+
+    async def aget(self, path: str) -> bytes:
+        with self._errors(path):
+            result = await obstore.get_async(self._backend, self._key(path))
+            return bytes(await result.bytes_async())
+
+    async def aget_range(self, path: str, offset: int, length: int) -> bytes:
+        with self._errors(path):
+            return bytes(await obstore.get_range_async(self._backend, self._key(path), start=offset, length=length))
+
+    async def aget_ranges(self, path: str, offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        with self._errors(path):
+            found = await obstore.get_ranges_async(self._backend, self._key(path), starts=offsets, lengths=lengths)
+        return [bytes(b) for b in found]
+
+    def put(self, path: str, data: bytes | memoryview | Path | Iterable[bytes | memoryview]) -> None:
+        """Write or replace, atomically; iterables and files go up in parallel parts, never whole in memory."""
+        with self._errors(path):
+            obstore.put(
+                self._backend, self._key(path), data, chunk_size=PART_BYTES, max_concurrency=_PARALLEL_PARTS
+            )
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write only where nothing is. Raises AlreadyExists."""
+        with self._errors(path):
+            obstore.put(self._backend, self._key(path), data, mode="create")
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects below a folder, with paths relative to this one."""
+        skip = len(self._prefix) + 1 if self._prefix else 0
+        with self._errors(prefix):
+            for batch in obstore.list(self._backend, prefix=self._key(prefix)):
+                for meta in batch:
+                    yield ObjectInfo(meta["path"][skip:], meta["size"])
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Objects that are already gone are fine."""
+        for path in paths:
+            with contextlib.suppress(ObjectNotFound), self._errors(path):
+                obstore.delete(self._backend, self._key(path))
+
+    def head(self, path: str) -> ObjectInfo:
+        with self._errors(path):
+            return ObjectInfo(path, obstore.head(self._backend, self._key(path))["size"])
+
+    async def ahead(self, path: str) -> ObjectInfo:
+        with self._errors(path):
+            return ObjectInfo(path, (await obstore.head_async(self._backend, self._key(path)))["size"])
+
+    def _key(self, path: str) -> str:
+        return "/".join(p for p in (self._prefix, path.strip("/")) if p)
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """obstore's errors → ours, naming the object."""
+        where = self.url(path)
+        try:
+            yield
+        except FileNotFoundError as e:
+            raise ObjectNotFound(f"{where}: no such object") from e
+        except (AlreadyExistsError, PreconditionError) as e:
+            raise AlreadyExists(f"{where}: already there") from e
+        except (PermissionDeniedError, UnauthenticatedError) as e:
+            raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
+        except (BaseError, OSError) as e:
+            raise StoreUnavailable(f"{where}: {_first_line(e)}") from e
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

@@ -1,0 +1,217 @@
+"""PopulationStore: the folder of one population, `<store>/<namespace>/<population>/`.
+
+Bytes go in as segments (many packed adapters one after the other in one object) and come out by range with their
+sha256 checked; what exists is said by the catalogue alone. `population.json` says whose folder it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from ulid import ULID
+
+from allele.protocol.adapters import MEMBER_NAME, POPULATION_NAME
+from allele.protocol.commands import ByteRange, Wire
+from allele.protocol.errors import DigestMismatch, InvalidRequest
+from allele.store.catalogue import Catalogue
+from allele.store.errors import AlreadyExists, ObjectNotFound, OwnershipError, StoreUnavailable
+from allele.store.objects import Objects
+from allele.store.provenance import Provenance
+
+SegmentKind = Literal["segments", "states"]
+
+RECORD = "population.json"
+RESERVED = ("bases",)
+"""First folders of a store that are no namespace."""
+
+
+class PopulationRecord(Wire):
+    """Who owns a folder; `shapes` is group → digest of its AdapterShape."""
+
+    uid: str
+    base_digest: str
+    shapes: dict[str, str]
+    adopt: bool = Field(False, exclude=True)
+    """Take over the folder of another uid (same base, same shapes), as after a namespace was made again."""
+
+
+class PopulationStore:
+    """Bytes, provenance and catalogue of one population. Safe to share between threads; writers are not."""
+
+    def __init__(self, objects: Objects, *, namespace: str, population: str) -> None:
+        self.objects = objects
+        self.namespace = namespace
+        self.population = population
+        self.catalogue = Catalogue.open(objects)
+
+    @classmethod
+    def open(
+        cls, url: str, *, namespace: str, population: str, environ: Mapping[str, str] = os.environ
+    ) -> PopulationStore:
+        """Raises InvalidRequest for a bad URL or name; does not connect."""
+        return cls.of(Objects.open(url, environ), namespace=namespace, population=population)
+
+    @classmethod
+    def of(cls, store: Objects, *, namespace: str, population: str) -> PopulationStore:
+        """The same over an open store, sharing its connections."""
+        for field, name in (("namespace", namespace), ("population", population)):
+            if not POPULATION_NAME.fullmatch(name):
+                raise InvalidRequest(f"{field}: expected 1 to 63 of a-z 0-9 - (no - at the ends), found {name!r}")
+        if namespace in RESERVED:
+            raise InvalidRequest(f"namespace: {namespace!r} is the store's own folder; use a prefix or another namespace")
+        return cls(store.at(f"{namespace}/{population}"), namespace=namespace, population=population)
+
+    def record(self) -> PopulationRecord | None:
+        """The owner's record, or None before the first claim."""
+        try:
+            return PopulationRecord.model_validate_json(self.objects.get(RECORD))
+        except ObjectNotFound:
+            return None
+        except ValidationError as e:
+            raise OwnershipError(f"{self.objects.url(RECORD)}: expected a population record: {e}") from e
+
+    def claim(self, record: PopulationRecord) -> None:
+        """Make the folder this population's, or raise OwnershipError. Claiming again is free; groups may be added."""
+        data = record.model_dump_json().encode()
+        try:
+            self.objects.create(RECORD, data)
+            return
+        except AlreadyExists:
+            found = self.record()
+        if found is None:
+            raise StoreUnavailable(f"{self.objects.url(RECORD)}: was there and is gone; claim again")
+        self._check_owner(record, found)
+        merged = record.model_copy(update={"shapes": found.shapes | record.shapes})
+        if merged != found.model_copy(update={"adopt": record.adopt}):
+            self.objects.put(RECORD, merged.model_dump_json().encode())
+
+    def _check_owner(self, record: PopulationRecord, found: PopulationRecord) -> None:
+        where = self.objects.url(RECORD)
+        if found.base_digest != record.base_digest:
+            raise OwnershipError(
+                f"{where}: base digest: expected {record.base_digest}, found {found.base_digest}; adapters of another "
+                "base cannot be adopted: use another population name or prefix"
+            )
+        for group, digest in record.shapes.items():
+            if found.shapes.get(group, digest) != digest:
+                raise OwnershipError(
+                    f"{where}: shape of group {group}: expected {digest}, found {found.shapes[group]}; the group exists "
+                    "with another rank or other targets: use another group or population name"
+                )
+        if found.uid != record.uid and not record.adopt:
+            raise OwnershipError(
+                f"{where}: uid: expected {record.uid}, found {found.uid}; set spec.adopt to take this folder over"
+            )
+
+    def write_segment(
+        self, adapters: Mapping[str, bytes | memoryview], kind: SegmentKind = "segments"
+    ) -> dict[str, ByteRange]:
+        """Write packed adapters (or states) of members as one new object; nothing refers to it until a commit does."""
+        if not adapters:
+            return {}
+        for member in adapters:
+            if not MEMBER_NAME.fullmatch(member):
+                raise InvalidRequest(f"member: expected 1 to 63 of A-Z a-z 0-9 . _ -, found {member!r}")
+        path = f"{kind}/{ULID()}.seg"
+        ranges: dict[str, ByteRange] = {}
+        offset = 0
+        for member, data in adapters.items():
+            view = memoryview(data).cast("B")
+            digest = hashlib.sha256(view).hexdigest()
+            ranges[member] = ByteRange(path=path, offset=offset, length=view.nbytes, digest=digest)
+            offset += view.nbytes
+        self.objects.put(path, (memoryview(d).cast("B") for d in adapters.values()))
+        return ranges
+
+    def read(self, where: ByteRange) -> bytes:
+        """The bytes of a range. Raises DigestMismatch when they are not those recorded or not all there."""
+        try:
+            data = self.objects.get_range(where.path, where.offset, where.length)
+        except StoreUnavailable:
+            self._check_length(where, self.objects.head(where.path).size)
+            raise
+        return self._checked(where, data)
+
+    def read_many(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """As `read` for each, in order, neighbours of one object in one request."""
+        found: dict[int, bytes] = {}
+        for path, members in _by_path(ranges):
+            offsets, lengths = [ranges[i].offset for i in members], [ranges[i].length for i in members]
+            try:
+                parts = self.objects.get_ranges(path, offsets, lengths)
+            except StoreUnavailable:
+                self._check_lengths([ranges[i] for i in members], self.objects.head(path).size)
+                raise
+            found.update((i, self._checked(ranges[i], b)) for i, b in zip(members, parts, strict=True))
+        return [found[i] for i in range(len(ranges))]
+
+    async def aread(self, where: ByteRange) -> bytes:
+        """`read` without a thread."""
+        try:
+            data = await self.objects.aget_range(where.path, where.offset, where.length)
+        except StoreUnavailable:
+            self._check_length(where, (await self.objects.ahead(where.path)).size)
+            raise
+        return self._checked(where, data)
+
+    async def aread_many(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """`read_many` without a thread."""
+        found: dict[int, bytes] = {}
+        for path, members in _by_path(ranges):
+            offsets, lengths = [ranges[i].offset for i in members], [ranges[i].length for i in members]
+            try:
+                parts = await self.objects.aget_ranges(path, offsets, lengths)
+            except StoreUnavailable:
+                self._check_lengths([ranges[i] for i in members], (await self.objects.ahead(path)).size)
+                raise
+            found.update((i, self._checked(ranges[i], b)) for i, b in zip(members, parts, strict=True))
+        return [found[i] for i in range(len(ranges))]
+
+    def write_provenance(self, provenance: Provenance) -> str:
+        """Store it under its sha256 and return that; writing the same again is free."""
+        sha = provenance.sha256
+        try:
+            self.objects.create(f"provenance/{sha}.json", provenance.encode())
+        except AlreadyExists:
+            pass  # the name is the content
+        return sha
+
+    def read_provenance(self, sha256: str) -> Provenance:
+        """Raises ObjectNotFound, or DigestMismatch when the stored bytes are not those of the name."""
+        path = f"provenance/{sha256}.json"
+        data = self.objects.get(path)
+        self._checked(ByteRange(path=path, offset=0, length=max(1, len(data)), digest=sha256), data)
+        return Provenance.model_validate_json(data)
+
+    def _checked(self, where: ByteRange, data: bytes) -> bytes:
+        self._check_length(where, where.offset + len(data))
+        found = hashlib.sha256(data).hexdigest()
+        if found != where.digest:
+            raise DigestMismatch(
+                f"{self.objects.url(where.path)} at {where.offset}, {where.length} bytes: expected sha256 {where.digest}, "
+                f"found {found}"
+            )
+        return data
+
+    def _check_length(self, where: ByteRange, end: int) -> None:
+        if end < where.offset + where.length:
+            raise DigestMismatch(
+                f"{self.objects.url(where.path)} at {where.offset}: expected {where.length} bytes with sha256 "
+                f"{where.digest}, found {max(0, end - where.offset)} bytes: the object is truncated"
+            )
+
+    def _check_lengths(self, ranges: Iterable[ByteRange], end: int) -> None:
+        for where in ranges:
+            self._check_length(where, end)
+
+
+def _by_path(ranges: Sequence[ByteRange]) -> Iterator[tuple[str, list[int]]]:
+    """Object → positions in `ranges` of what is wanted from it."""
+    paths: dict[str, list[int]] = {}
+    for i, r in enumerate(ranges):
+        paths.setdefault(r.path, []).append(i)
+    yield from paths.items()

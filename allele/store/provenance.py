@@ -1,0 +1,79 @@
+"""Provenance: where the revisions of one commit come from. Stored once per commit, addressed by its sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Any
+
+from pydantic import AwareDatetime, Field
+
+from allele.protocol.commands import OptimizerSpec, ProbeSequence, Wire
+
+
+class BaseRef(Wire):
+    uri: str
+    digest: str
+
+
+class ShapeRef(Wire):
+    """What an adapter of one group is."""
+
+    digest: str
+    rank: int
+    alpha: float
+    scaling: str
+    targets: tuple[str, ...]
+    init: str
+
+
+class DataRange(Wire):
+    """Prompts that the step consumed: the environment's cursor after it, and how many."""
+
+    cursor: int
+    prompts: int
+
+
+class Versions(Wire):
+    allele: str
+    torch: str = ""
+    megatron_core: str = ""
+    sglang: str = ""
+
+
+class Provenance(Wire):
+    """What the rows of a commit share."""
+
+    namespace: str
+    population: str
+    population_uid: str
+    run: str
+    run_uid: str
+    fence: int
+    step: int
+    base: BaseRef
+    tokenizer_digest: str
+    shapes: dict[str, ShapeRef]
+    """By group."""
+    environment: str
+    reward: str
+    code_digest: str = ""
+    """Of the user's code on the Python path; empty without any."""
+    data: DataRange
+    policy_lag: dict[int, int] = Field(default_factory=dict)
+    """Lag in revisions → samples."""
+    image: str = ""
+    versions: Versions
+    optimizer: OptimizerSpec
+    loss: dict[str, Any]
+    probes: tuple[ProbeSequence, ...] = ()
+    time: AwareDatetime | datetime
+
+    def encode(self) -> bytes:
+        """Canonical JSON: equal provenance has equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.encode()).hexdigest()

@@ -1,0 +1,179 @@
+"""Writer: one driver's right to commit for a run, and the protocol that takes it away from the driver before.
+
+Delta's application transactions refuse a commit whose snapshot is older than another commit under the same ids, but
+they do not refuse an old process that loads a fresh snapshot first. So a start raises `fence/<run>` by a commit of its
+own, and every commit is: load the snapshot; FencedError if the fence there is higher than mine; done if `run/<run>`
+has reached this step; else append under both ids. A raise of the fence between load and append is a conflict in
+Delta, and the loop finds it at the next load. The same loop settles an unknown outcome (lost answer, retried request):
+it reads again before it ever appends again, and an append that arrives late still carries the ids and conflicts.
+
+The fence is looked at before the step, so that a driver which wakes up after its successor wrote the same step learns
+that it was fenced, instead of taking the successor's commit for its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import random
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import DeltaError
+from deltalake.transaction import AddAction
+from ulid import ULID
+
+from allele.store import facts as rows
+from allele.store.catalogue import COMPACT_EVERY, Catalogue
+from allele.store.errors import FencedError, StoreError, StoreUnavailable
+from allele.store.facts import Fact
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 12
+_MAX_WAIT: Final = 5.0
+"""Seconds; attempts back off from 20 ms to this, with jitter: about half a minute in all."""
+
+_SMALL_FILE: Final = 4 << 20
+"""Bytes; files of facts below it are worth merging."""
+
+
+class Writer:
+    """Commits facts of one run. Made by `Catalogue.start`; not for use from two threads at once."""
+
+    def __init__(self, catalogue: Catalogue, *, run: str, fence: int, last_step: int | None) -> None:
+        self._catalogue = catalogue
+        self.run: Final = run
+        self.fence: Final = fence
+        """Grows with every start; also the epoch of the run."""
+        self.last_step: int | None = last_step
+        """Newest step of the run that is committed, by whichever writer; None before the first."""
+
+    @classmethod
+    def start(cls, catalogue: Catalogue, run: str) -> Writer:
+        """Raise the fence of `run` by one commit. A raise whose outcome is unknown is harmless: the next is higher."""
+        if not run:
+            raise ValueError("run: expected the uid of the run, found an empty string")
+        for attempt in range(_ATTEMPTS):
+            table = _snapshot(catalogue)
+            fence = (table.transaction_version(f"fence/{run}") or 0) + 1
+            try:
+                _append(table, actions=[], transactions=[Transaction(f"fence/{run}", fence)])
+            except (DeltaError, OSError) as e:
+                _wait(attempt, f"start of run {run}", e)
+                continue
+            return cls(catalogue, run=run, fence=fence, last_step=table.transaction_version(f"run/{run}"))
+        raise StoreUnavailable(f"{catalogue.objects.url()}: run {run} could not start after {_ATTEMPTS} attempts")
+
+    def commit(self, step: int, facts: Iterable[Fact]) -> int:
+        """Make facts of `step` visible, all or none; returns the version at which they are.
+
+        Repeating a committed step changes nothing, whatever the facts. Raises FencedError, InvalidFact,
+        InvalidRequest (a member's name), or StoreUnavailable, after which the outcome is unknown and the same call
+        may be repeated.
+        """
+        rows_of_step = list(facts)
+        rows.check(rows_of_step)
+        for attempt in range(_ATTEMPTS):
+            table = _snapshot(self._catalogue)
+            self._check_fence(table)
+            if self.last_step is not None and self.last_step >= step:
+                return int(table.version())
+            try:
+                self._append(table, step=step, facts=rows_of_step)
+            except (DeltaError, OSError, StoreUnavailable) as e:
+                _wait(attempt, f"commit of run {self.run} step {step}", e)
+                continue
+            self.last_step = step
+            return self._settle()
+        raise StoreUnavailable(
+            f"{self._catalogue.objects.url()}: run {self.run} step {step} is not known to be committed after "
+            f"{_ATTEMPTS} attempts; commit it again"
+        )
+
+    def _check_fence(self, table: DeltaTable) -> None:
+        newest = table.transaction_version(f"fence/{self.run}") or 0
+        if newest > self.fence:
+            raise FencedError(
+                f"run {self.run}: expected fence {self.fence} to be the newest, found {newest}: a newer driver of this "
+                "run has started, this one must stop"
+            )
+        self.last_step = table.transaction_version(f"run/{self.run}")
+
+    def _append(self, table: DeltaTable, *, step: int, facts: Sequence[Fact]) -> None:
+        time_ = _next_time(table)
+        stamped = [
+            dataclasses.replace(
+                f, run=self.run, fence=self.fence, time=time_, step=step if f.step is None else f.step
+            )
+            for f in facts
+        ]
+        transactions = [Transaction(f"fence/{self.run}", self.fence), Transaction(f"run/{self.run}", step)]
+        _append(table, actions=self._stage(stamped, time_), transactions=transactions)
+
+    def _stage(self, facts: Sequence[Fact], time_: datetime) -> list[AddAction]:
+        """Write the parquet file that the commit will name; without the commit it does not count."""
+        if not facts:
+            return []
+        sink = io.BytesIO()
+        pq.write_table(rows.to_arrow(facts), sink, compression="zstd")
+        path = f"{ULID()}.parquet"
+        self._catalogue.objects.create(path, sink.getvalue())
+        stats = json.dumps({"numRecords": len(facts)})
+        return [AddAction(path, sink.tell(), {}, _milliseconds(time_), True, stats)]
+
+    def _settle(self) -> int:
+        """A version at which the commit is visible, after compaction when that is due.
+
+        The commit is done; that its housekeeping failed is only worth a line.
+        """
+        table = _snapshot(self._catalogue)
+        sizes = pa.table(table.get_add_actions(flatten=True)).column("size_bytes").to_pylist()
+        if sum(size < _SMALL_FILE for size in sizes) < COMPACT_EVERY:
+            return int(table.version())
+        try:
+            return self._catalogue.compact()
+        except StoreError:
+            url = self._catalogue.objects.url()
+            log.warning("compaction of %s failed, the next commit tries again", url, exc_info=True)
+            return int(table.version())
+
+
+def _snapshot(catalogue: Catalogue) -> DeltaTable:
+    table = catalogue.snapshot(create=True)
+    assert table is not None, "snapshot(create=True) returns a table or raises"
+    return table
+
+
+def _append(table: DeltaTable, *, actions: Sequence[AddAction], transactions: list[Transaction]) -> None:
+    table.create_write_transaction(
+        actions=list(actions),
+        mode="append",
+        schema=table.schema(),
+        commit_properties=CommitProperties(app_transactions=transactions, max_commit_retries=50),
+    )
+
+
+def _next_time(table: DeltaTable) -> datetime:
+    """Now, or just past the newest commit if this machine's clock is behind the one that wrote it."""
+    stamps = pa.table(table.get_add_actions(flatten=True)).column("modification_time").to_pylist()
+    newest = datetime.fromtimestamp(max(stamps, default=0) / 1000, UTC)
+    return max(rows.now(), newest + timedelta(milliseconds=1))
+
+
+def _milliseconds(time_: datetime) -> int:
+    """Rounded up, so that a file is never older than its facts."""
+    return -(-int(time_.timestamp() * 1_000_000) // 1000)
+
+
+def _wait(attempt: int, what: str, error: Exception) -> None:
+    delay = random.uniform(0.5, 1.0) * min(_MAX_WAIT, 0.02 * 2**attempt)
+    log.info("%s: %s; looking again in %.2f s", what, error, delay)
+    time.sleep(delay)
