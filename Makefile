@@ -6,6 +6,7 @@ PY := .venv/bin/python
 MODE ?= cluster
 CLUSTER ?= local
 export KUBECONFIG := $(if $(filter existing,$(CLUSTER)),$(KUBECONFIG),$(CURDIR)/out/cluster/kubeconfig)
+export PATH := $(CURDIR)/.venv/bin:$(shell . hack/cluster/env.sh && echo $$(tool kubernetes):$$(tool helm)):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help

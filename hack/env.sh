@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p out
-python=$(command -v python3.11 || command -v python3)
+outside=${PATH//"$PWD/.venv/bin:"/}   # the Makefile puts .venv first; .venv itself is made by another Python
+python=$(PATH=$outside command -v python3.11 || PATH=$outside command -v python3)
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
   echo "env: expected Python 3.11 (SGLang's wheels), found $("$python" --version); install python3.11 with python3.11-venv" >&2
   exit 1
@@ -11,7 +12,7 @@ python=$(command -v python3.11 || command -v python3)
 started=$SECONDS
 if [ ! -x .venv/bin/uv ]; then
   echo "env: creating .venv with $("$python" --version)"
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' requirements/all.txt)"
 fi
 echo "env: installing $(grep -c '==' requirements/all.txt) packages (6 GB on disk, mostly torch)"

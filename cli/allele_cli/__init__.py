@@ -1,0 +1,1 @@
+"""The `allele` command and kubectl plugin: local mode, catalogue, evaluation, plots."""

@@ -1,0 +1,3 @@
+from allele_cli.main import main
+
+main()

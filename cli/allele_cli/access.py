@@ -1,0 +1,59 @@
+"""Where a population's store is: given by flag, or found through the cluster with the user's own kubeconfig."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+from typing import Annotated, Any
+
+import typer
+
+from allele.api.store import AdapterStoreSpec
+from allele.store.population import PopulationStore
+from allele_cli.failure import Failure
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        envvar="ALLELE_STORE",
+        help="s3://bucket/prefix or file:///dir; absent: the AdapterStore of the population in the cluster.",
+    ),
+]
+NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", envvar="ALLELE_NAMESPACE", help="Namespace.")]
+
+
+def open_population(population: str, *, namespace: str, store: str | None) -> PopulationStore:
+    """Raises Failure when neither flag nor cluster says where the store is."""
+    if store is None:
+        store = _store_of(population, namespace)
+    return PopulationStore.open(store, namespace=namespace, population=population)
+
+
+def _store_of(population: str, namespace: str) -> str:
+    """URL of the population's store; its credentials are put into this process's environment."""
+    ref = get("adapterpopulation", population, namespace)["spec"]["storeRef"]
+    spec = AdapterStoreSpec.model_validate(get("adapterstore", ref, namespace)["spec"])
+    if spec.credentials.secret_name:
+        secret = get("secret", spec.credentials.secret_name, namespace)
+        os.environ.update({k: base64.b64decode(v).decode() for k, v in secret.get("data", {}).items()})
+    os.environ["AWS_REGION"] = spec.region
+    if spec.endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = spec.endpoint
+        os.environ["AWS_ALLOW_HTTP"] = str(spec.endpoint.startswith("http://")).lower()
+    return f"s3://{spec.bucket}/{spec.prefix}".rstrip("/")
+
+
+def get(kind: str, name: str, namespace: str) -> dict[str, Any]:
+    """One object through kubectl, which knows every way to log in. Raises Failure with kubectl's words."""
+    command = ["kubectl", "get", kind, name, "--namespace", namespace, "--output", "json"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as e:
+        raise Failure("--store: not given, and no kubectl to look it up in the cluster") from e
+    if answer.returncode:
+        raise Failure(f"{kind} {namespace}/{name}: {answer.stderr.strip()}; give --store to read a store directly")
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found

@@ -1,0 +1,140 @@
+"""`allele members | lineage | export`: what the store says, with or without a cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.tree import Tree
+
+from allele.format import AdapterShape, export_peft
+from allele.protocol.adapters import AdapterName, parse_model
+from allele.store.facts import Fact
+from allele.store.index import Index
+from allele.store.objects import Objects
+from allele.store.population import PopulationStore
+from allele_cli.access import NamespaceOption, StoreOption, open_population
+from allele_cli.failure import Failure
+from allele_cli.output import Format, show
+
+FormatOption = Annotated[Format, typer.Option("--output", "-o", help="table, json or yaml.")]
+Adapter = Annotated[str, typer.Argument(help="population/member or population/member@revision.")]
+
+
+def members(
+    population: Annotated[str, typer.Argument(help="Name of the population.")],
+    namespace: NamespaceOption = "default",
+    store: StoreOption = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """Every member with its newest and exposed revision.
+
+    Example: `allele members preferences --namespace allele-demo`
+    """
+    index = Index.load(open_population(population, namespace=namespace, store=store).catalogue)
+    show([_row(index, name) for name in sorted(index.members())], fmt=output)
+
+
+def _row(index: Index, member: str) -> dict[str, Any]:
+    newest, exposed = index.newest(member), index.exposed(member)
+    return {
+        "member": member,
+        "newest": newest and newest.revision,
+        "exposed": exposed and exposed.revision,
+        "step": newest and newest.step,
+        "reward": newest.metrics.get("reward") if newest else None,
+        "digest": newest.digest[:12] if newest and newest.digest else None,
+        "updated": newest.time.strftime("%Y-%m-%d %H:%M:%S") if newest and newest.time else None,
+    }
+
+
+def lineage(
+    adapter: Adapter,
+    namespace: NamespaceOption = "default",
+    store: StoreOption = None,
+    output: FormatOption = Format.table,
+) -> None:
+    """Where a revision came from: its parents down to the base, with step, digest and data.
+
+    Example: `allele lineage preferences/preferences-0003 --namespace allele-demo`
+    """
+    source, name = _open(adapter, namespace, store)
+    chain = _chain(Index.load(source.catalogue), name)
+    if output is not Format.table:
+        show([_link(source, fact) for fact in chain], fmt=output)
+        return
+    tree = Tree(f"[bold]{name.population}/{name.member}[/]")
+    for fact in chain:
+        link = _link(source, fact)
+        at = tree.add(f"@{link['revision']}  step {link['step']}  {link['digest'][:12]}  {link['time']:%Y-%m-%d %H:%M:%S}")
+        if fact is chain[0]:
+            for key in ("run", "environment", "code_digest", "prompts", "base", "provenance"):
+                at.add(f"{key.replace('_', ' ')}: {link[key]}")
+    tree.add(f"base {_link(source, chain[-1])['base']}")
+    Console().print(tree)
+
+
+def export(
+    adapter: Adapter,
+    to: Annotated[Path, typer.Option(help="Folder to write adapter_model.safetensors and adapter_config.json into.")],
+    namespace: NamespaceOption = "default",
+    store: StoreOption = None,
+) -> None:
+    """Write a revision as a folder that PEFT, vLLM and SGLang load.
+
+    Example: `allele export preferences/preferences-0003@12 --to out/adapter --namespace allele-demo`
+    """
+    source, name = _open(adapter, namespace, store)
+    fact = _chain(Index.load(source.catalogue), name)[0]
+    if fact.weights is None or fact.provenance is None:
+        raise Failure(f"{name}@{fact.revision}: expected bytes and provenance in the catalogue, found neither")
+    made = source.read_provenance(fact.provenance)
+    spec = made.shapes[fact.group]
+    config = json.loads(Objects.open(made.base.uri).get("config.json"))
+    export_peft(
+        source.read(fact.weights),
+        to,
+        shape=AdapterShape.from_model(config, rank=spec.rank, targets=spec.targets),
+        alpha=spec.alpha,
+        scaling="RankStabilised" if spec.scaling == "RankStabilised" else "Standard",
+        base_name=made.base.uri,
+    )
+    print(f"{to}: {name.population}/{name.member}@{fact.revision} sha256:{fact.digest}")
+
+
+def _open(adapter: str, namespace: str, store: str | None) -> tuple[PopulationStore, AdapterName]:
+    name = parse_model(adapter, namespace)
+    return open_population(name.population, namespace=name.namespace, store=store), name
+
+
+def _chain(index: Index, name: AdapterName) -> list[Fact]:
+    """The asked revision (default: newest) and its parents."""
+    if name.member not in index:
+        raise Failure(f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`")
+    at = index.newest(name.member) if name.revision is None else index.get(name.member, name.revision)
+    if at is None:
+        raise Failure(f"{name}: no such committed revision; the newest is {index.next_revision(name.member) - 1}")
+    chain = [at]
+    while at.parent is not None and (at := index.get(name.member, at.parent)) is not None:
+        chain.append(at)
+    return chain
+
+
+def _link(source: PopulationStore, fact: Fact) -> dict[str, Any]:
+    made = source.read_provenance(fact.provenance) if fact.provenance else None
+    return {
+        "revision": fact.revision,
+        "parent": fact.parent,
+        "step": fact.step,
+        "digest": fact.digest or "",
+        "run": made and made.run,
+        "environment": made and made.environment,
+        "code_digest": made and made.code_digest,
+        "prompts": made and made.data.prompts,
+        "base": made and made.base.digest,
+        "provenance": fact.provenance,
+        "time": fact.time,
+    }

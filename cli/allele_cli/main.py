@@ -1,0 +1,42 @@
+"""`allele`: one sub-command a module; heavy libraries are imported only by the commands that need them.
+
+Typed errors end a command with one line on stderr and exit code 1: a traceback means a defect of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from allele.protocol.errors import ProtocolError
+from allele_cli import base, catalogue, evaluate, local, report, watch
+from allele_cli.failure import Failure
+
+app = typer.Typer(
+    name="allele",
+    help="Train, keep and serve populations of LoRA adapters on one resident base model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(base.app, name="base")
+app.command("run")(local.run)
+app.command("watch")(watch.watch)
+app.command("members")(catalogue.members)
+app.command("lineage")(catalogue.lineage)
+app.command("export")(catalogue.export)
+app.command("eval")(evaluate.evaluate)
+app.command("plot")(report.plot)
+
+
+def main() -> None:
+    try:
+        app()
+    except (Failure, ProtocolError, OSError) as e:
+        print(f"allele: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
