@@ -45,7 +45,7 @@ class Adapters(Model):
     targets: Targets = Field(
         default_factory=lambda: list(QWEN3_TARGETS),
         description="Modules that adapters may change. Default: all linear layers of Qwen3 and Llama.",
-        json_schema_extra={"default": QWEN3_TARGETS},
+        json_schema_extra={"default": [*QWEN3_TARGETS]},
     )
 
 

@@ -48,7 +48,7 @@ class Adapter(Model):
     targets: Targets = Field(
         default_factory=lambda: list(QWEN3_TARGETS),
         description="Modules that the adapter changes.",
-        json_schema_extra={"default": QWEN3_TARGETS},
+        json_schema_extra={"default": [*QWEN3_TARGETS]},
     )
     init: Literal["Standard"] = Field(
         "Standard", description="Standard: A uniform, B zero, so that a new adapter equals the base."
@@ -56,6 +56,14 @@ class Adapter(Model):
 
 
 class Group(Model):
+    model_config = ConfigDict(
+        json_schema_extra=schema(
+            cel(
+                "has(self.members.manifest) || size(self.name) <= 56",
+                "name of a group by count must be at most 56 characters, so that its members' names fit in 63",
+            )
+        )
+    )
     name: Name = Field(description="Name of the group; members by count are named after it.")
     members: Members = Field(description="Who belongs to it.")
     adapter: Adapter = Field(default_factory=Adapter, description="Shape of each member's adapter.")
@@ -108,7 +116,8 @@ class AdapterPopulationSpec(Model):
     )
     exposure: Exposure = Field(default_factory=Exposure, description="When a revision may be served.")
     adopt: bool = Field(
-        False, description="True: take over what another object of this name left in the store, if base and shapes agree."
+        False,
+        description="True: take over what another object of this name left in the store, if base and shapes agree.",
     )
 
 

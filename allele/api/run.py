@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from allele.api.schema import DottedPath, FreeForm, Model, Name, Status, Text, cel, schema
+from allele.api.schema import DottedPath, FreeForm, MemberName, Model, Name, Status, cel, schema
 
 
 class Range(Model):
@@ -17,29 +17,36 @@ class Range(Model):
 class Select(Model):
     model_config = ConfigDict(
         json_schema_extra=schema(
-            cel("!(has(self.range) && has(self.names))", "at most one of range and names may be set", reason="FieldValueInvalid")
+            cel(
+                "!(has(self.range) && has(self.names))",
+                "at most one of range and names may be set",
+                reason="FieldValueInvalid",
+            )
         )
     )
     group: Name = Field(description="Group of the population.")
     range: Range | None = Field(None, description="Part of the group by index; absent, with names absent: all of it.")
-    names: list[Text] | None = Field(
+    names: list[MemberName] | None = Field(
         None, description="Members by name.", min_length=1, max_length=1024, json_schema_extra=schema(list_type="set")
     )
 
 
 class Algorithm(Model):
     name: Literal["GRPO"] = Field(
-        "GRPO", description="GRPO (arXiv:2402.03300): group-normalised advantages, clipped ratio against rollout log-probabilities."
+        "GRPO",
+        description="GRPO (arXiv:2402.03300): group-normalised advantages, ratio to the rollout's policy clipped.",
     )
     prompts_per_step: int = Field(4, description="Prompts of a member in one step.", ge=1, le=4096)
     group_size: int = Field(8, description="Samples of each prompt.", ge=2, le=1024)
     clip_low: float = Field(0.2, description="Lower clip of the ratio: 1 − clipLow.", gt=0, lt=1)
-    clip_high: float = Field(0.28, description="Upper clip of the ratio: 1 + clipHigh (DAPO, arXiv:2503.14476).", gt=0, le=10)
+    clip_high: float = Field(
+        0.28, description="Upper clip of the ratio: 1 + clipHigh (DAPO, arXiv:2503.14476).", gt=0, le=10
+    )
 
 
 class Environment(Model):
     path: DottedPath = Field(
-        description="Environment: module:Class on the run's code path, or the name of an `allele.environments` entry point."
+        description="module:Class on the run's code path, or the name of an `allele.environments` entry point."
     )
     parameters: FreeForm = Field(default_factory=dict, description="Keyword arguments of the environment.")
     timeout_seconds: int = Field(30, description="Longest time that scoring of one sample may take.", ge=1, le=86400)
@@ -47,7 +54,9 @@ class Environment(Model):
 
 class Optimizer(Model):
     learning_rate: float = Field(description="Learning rate at the first step.", gt=0, le=1)
-    schedule: Literal["Constant", "Linear"] = Field("Constant", description="Linear: to finalFraction at the last step.")
+    schedule: Literal["Constant", "Linear"] = Field(
+        "Constant", description="Linear: to finalFraction at the last step."
+    )
     final_fraction: float = Field(0.0, description="Fraction of learningRate left at the last step.", ge=0, le=1)
     beta1: float = Field(0.9, description="AdamW's first decay.", ge=0, lt=1)
     beta2: float = Field(0.999, description="AdamW's second decay.", ge=0, lt=1)
@@ -96,7 +105,9 @@ class Stop(Model):
 
 
 class Evaluation(Model):
-    prompts: int = Field(32, description="Held-out prompts of each member at the start and at the end; 0: none.", ge=0, le=65536)
+    prompts: int = Field(
+        32, description="Held-out prompts of each member at the start and at the end; 0: none.", ge=0, le=65536
+    )
 
 
 class FailurePolicy(Model):
@@ -104,10 +115,32 @@ class FailurePolicy(Model):
 
 
 class Code(Model):
-    config_map: Name = Field(description="ConfigMap of this namespace whose files are put on the Python path of the driver.")
+    config_map: Name = Field(
+        description="ConfigMap of this namespace whose files are put on the Python path of the driver."
+    )
 
 
-_IMMUTABLE = "populationRef, poolRef, runtimeRef, groups, startFrom, checkpoints and code are immutable: create another run"
+_FIXED = (
+    "populationRef",
+    "poolRef",
+    "runtimeRef",
+    "baseUri",
+    "groups",
+    "pace",
+    "checkpoints",
+    "startFrom",
+    "evaluation",
+    "failurePolicy",
+    "code",
+)
+_WHOLE_ONCE = (
+    "self.all(a, has(a.select.range) || has(a.select.names) || self.exists_one(b, b.select.group == a.select.group))"
+)
+_RANGES_APART = (
+    "self.all(a, !has(a.select.range) || self.exists_one(b, b.select.group == a.select.group && has(b.select.range)"
+    " && b.select.range.first < a.select.range.first + a.select.range.count"
+    " && a.select.range.first < b.select.range.first + b.select.range.count))"
+)
 
 
 def _same(*fields: str) -> str:
@@ -126,8 +159,11 @@ class RLRunSpec(Model):
                 reason="FieldValueInvalid",
             ),
             cel(
-                _same("populationRef", "poolRef", "runtimeRef", "groups", "startFrom", "checkpoints", "code"), _IMMUTABLE
+                "has(self.runtimeRef) == has(self.baseUri)",
+                "baseUri is required with runtimeRef and not allowed without it: a pool knows its base",
+                reason="FieldValueInvalid",
             ),
+            cel(_same(*_FIXED), "a run is immutable but for stop and suspend: create another run"),
         )
     )
     population_ref: Name = Field(description="AdapterPopulation of this namespace.")
@@ -136,9 +172,20 @@ class RLRunSpec(Model):
         None, description="AdapterRuntime to make a pool of the run's own from; it is deleted with the run."
     )
     base_uri: str | None = Field(
-        None, description="With runtimeRef: where the population's base lies.", max_length=1024, pattern=r"^(s3|file)://.+$"
+        None,
+        description="With runtimeRef: where the population's base lies.",
+        max_length=1024,
+        pattern=r"^(s3|file)://.+$",
     )
-    groups: list[TrainGroup] = Field(description="Who is trained, and how.", min_length=1, max_length=16)
+    groups: list[TrainGroup] = Field(
+        description="Who is trained, and how.",
+        min_length=1,
+        max_length=16,
+        json_schema_extra=schema(
+            cel(_WHOLE_ONCE, "a group selected as a whole (no range, no names) can be selected only once"),
+            cel(_RANGES_APART, "ranges of the same group must not overlap"),
+        ),
+    )
     pace: Pace = Field(default_factory=Pace, description="How sampling and training interleave.")
     checkpoints: Checkpoints = Field(default_factory=Checkpoints, description="How often the optimizer state is kept.")
     start_from: StartFrom = Field(default_factory=StartFrom, description="Where members start.")
@@ -169,6 +216,8 @@ class RLRunStatus(Status):
     progress: ProgressStatus | None = Field(None, description="How far the run is.")
     reward: RewardStatus | None = Field(None, description="Rewards of the last step.")
     members: Count = Field(0, description="Members that the run trains.")
+    trained: Count = Field(0, description="Of these, with a revision committed by this run.")
+    failed: Count = Field(0, description="Of these, stopped by an error.")
     policy_lag: Count = Field(0, description="Largest lag of a sample in the last step, steps.")
     committed: Count = Field(0, description="Revisions committed by this run.")
     exposed: Count = Field(0, description="Exposures by this run.")

@@ -28,7 +28,7 @@ class AdapterStoreSpec(Model):
     )
     prefix: str = Field(
         "",
-        description="Folder in the bucket, without slashes at its ends. Populations lie at prefix/namespace/population.",
+        description="Folder in the bucket, without slashes at its ends; populations lie below it as namespace/name.",
         max_length=253,
         pattern=r"^([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?$",
         json_schema_extra=schema(cel("self == oldSelf", "prefix is immutable: create another AdapterStore")),
