@@ -1,0 +1,41 @@
+"""What a gateway counts. Labels are bounded: a route, an outcome class, a tier; never a member."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class GatewayMetrics:
+    """One registry for each gateway, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "allele_gateway_requests", "Requests by route and outcome.", ["route", "outcome"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "allele_gateway_request_seconds",
+            "Time of a request, queue included.",
+            ["route"],
+            registry=self.registry,
+            buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300),
+        )
+        self.queued = Gauge(
+            "allele_gateway_queue_requests", "Requests running or waiting.", ["port"], registry=self.registry
+        )
+        self.residency = Counter(
+            "allele_gateway_residency_events",
+            "Adapters loaded, evicted, or failing to load.",
+            ["event"],
+            registry=self.registry,
+        )
+        self.adapters = Gauge(
+            "allele_gateway_tier_adapters", "Adapters in each tier.", ["tier"], registry=self.registry
+        )
+        self.tier_bytes = Gauge("allele_gateway_tier_bytes", "Bytes in each tier.", ["tier"], registry=self.registry)
+        self.ready = Gauge("allele_gateway_engine_ready", "1 while the engine answers.", registry=self.registry)
+        self.samples = Counter("allele_gateway_samples", "Samples by outcome.", ["outcome"], registry=self.registry)
+        self.probes = Counter("allele_gateway_probes", "Probes by verdict.", ["verdict"], registry=self.registry)
+        self.tail_failures = Counter(
+            "allele_gateway_tail_failures", "Looks at a Delta log that failed, to be repeated.", registry=self.registry
+        )

@@ -1,0 +1,71 @@
+"""Configuration of a gateway, declared once: the command line is generated from these fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import socket
+from typing import Any, Self
+
+
+def _field(text: str, *, default: Any = dataclasses.MISSING, reason: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"help": " ".join(filter(None, (text, reason)))})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """One gateway, beside one engine."""
+
+    engine: str = _field("URL of the engine, on this host.")
+    store: str = _field("URL of the store, s3://bucket/prefix or file:///dir.")
+    namespace: str = _field("Namespace whose populations tenants may name.")
+    base_name: str = _field("Model name under which tenants reach the bare base.")
+    base_digest: str = _field("sha256:... of the base that the engine holds; adapters of another base are refused.")
+    cache_dir: str = _field("Folder of the disk tier: one PEFT folder per adapter digest.")
+    slots: int = _field("Adapters in one engine batch, the bare base not counted.")
+    listen: str = _field("Tenant address.", default="0.0.0.0:8000")
+    internal: str = _field("Internal address: generate, probe, status, metrics.", default="0.0.0.0:8001")
+    loaded: int = _field(
+        "Adapters registered with the engine, in its host memory; 0 means four times the slots.",
+        default=0,
+        reason="Every load answers with the list of all, so this is not free.",
+    )
+    cache_bytes: int = _field("Size of the disk tier in bytes.", default=8 << 30)
+    running: int = _field("Tenant requests at the engine at once.", default=256)
+    waiting: int = _field("Tenant requests waiting; more get 429.", default=1024)
+    batches: int = _field("Internal batches (generate, probe) at the engine at once.", default=4)
+    waiting_batches: int = _field("Internal batches waiting; more get 429.", default=64)
+    deadline: float = _field("Seconds a request may take, waiting included.", default=600.0)
+    tail_seconds: float = _field("Seconds between looks at the Delta logs.", default=2.0)
+    replica: str = _field("Name of this replica in status.", default=socket.gethostname())
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or (self.loaded and self.loaded < self.slots):
+            raise ValueError(f"loaded: expected at least slots ({self.slots}, itself at least 1), found {self.loaded}")
+        if ":" in self.base_name:
+            raise ValueError(f"base_name: expected no ':' (the engine's separator), found {self.base_name!r}")
+
+    @property
+    def max_loaded(self) -> int:
+        return self.loaded or 4 * self.slots
+
+    @classmethod
+    def parse(cls, argv: list[str]) -> Self:
+        parser = argparse.ArgumentParser(prog="allele_rollout.gateway")
+        for f in dataclasses.fields(cls):
+            required = f.default is dataclasses.MISSING
+            kind = str if required and f.type == "str" else int if f.type == "int" else type(f.default)
+            parser.add_argument(
+                f"--{f.name.replace('_', '-')}",
+                type=kind,
+                required=required,
+                default=None if required else f.default,
+                help=f.metadata["help"] + ("" if required else f" Default {f.default}."),
+            )
+        return cls(**vars(parser.parse_args(argv)))
+
+
+def address(text: str) -> tuple[str, int]:
+    """`host:port`."""
+    host, _, port = text.rpartition(":")
+    return host, int(port)
