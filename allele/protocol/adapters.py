@@ -53,4 +53,5 @@ def parse_model(model: str, namespace: str) -> AdapterName:
     )
     if not fits:
         raise InvalidRequest(f"model: expected population/member or population/member@revision, found {model!r}")
-    return AdapterName(*parts, revision=int(revision) if revision else None)
+    namespace, population, member = parts
+    return AdapterName(namespace, population, member, revision=int(revision) if revision else None)

@@ -8,6 +8,7 @@ may fall behind by any time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -138,12 +139,10 @@ class Catalogue:
         except TableNotFoundError:
             if not create:
                 return None
-        try:
+        with contextlib.suppress(DeltaError):  # another writer was first; if not, the next open says why
             DeltaTable.create(
                 url, schema=rows.SCHEMA, mode="error", configuration=_CONFIGURATION, storage_options=options
             )
-        except DeltaError:
-            pass  # another writer created it first; if not, the next line says why
         return DeltaTable(url, storage_options=options)
 
     def _live_files(self) -> list[str]:

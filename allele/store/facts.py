@@ -72,8 +72,16 @@ class Fact:
                 "state_length": state.length,
                 "state_digest": state.digest,
             }
-        where = {"segment": weights.path, "offset": weights.offset, "length": weights.length, "digest": weights.digest}
-        return cls(kind="Committed", member=member, revision=revision, **where, **fields)
+        return cls(
+            kind="Committed",
+            member=member,
+            revision=revision,
+            segment=weights.path,
+            offset=weights.offset,
+            length=weights.length,
+            digest=weights.digest,
+            **fields,
+        )
 
     @property
     def weights(self) -> ByteRange | None:

@@ -41,7 +41,7 @@ class Index:
         return index
 
     def refresh(self) -> list[Fact]:
-        """Apply what was committed since, and return it. An async caller runs `fetch` in a thread and `apply` itself."""
+        """Apply and return what was committed since. An async caller runs `fetch` in a thread, then `apply`."""
         changes = self.fetch()
         self.apply(changes)
         return list(changes)

@@ -83,7 +83,7 @@ class Objects:
             options = s3_options(environ)
             backend = S3Store(
                 parts.netloc,
-                config={**options, "aws_conditional_put": "etag"},  # type: ignore[arg-type]  # keys are checked at run time
+                config={**options, "aws_conditional_put": "etag"},
                 retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
                 client_options={"timeout": "60s", "connect_timeout": "5s"},
             )
@@ -129,9 +129,7 @@ class Objects:
     def put(self, path: str, data: bytes | memoryview | Path | Iterable[bytes | memoryview]) -> None:
         """Write or replace, atomically; iterables and files go up in parallel parts, never whole in memory."""
         with self._errors(path):
-            obstore.put(
-                self._backend, self._key(path), data, chunk_size=PART_BYTES, max_concurrency=_PARALLEL_PARTS
-            )
+            obstore.put(self._backend, self._key(path), data, chunk_size=PART_BYTES, max_concurrency=_PARALLEL_PARTS)
 
     def create(self, path: str, data: bytes) -> None:
         """Write only where nothing is. Raises AlreadyExists."""
@@ -145,6 +143,12 @@ class Objects:
             for batch in obstore.list(self._backend, prefix=self._key(prefix)):
                 for meta in batch:
                     yield ObjectInfo(meta["path"][skip:], meta["size"])
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """Names of the folders directly below a folder, without looking inside them."""
+        with self._errors(prefix):
+            found = obstore.list_with_delimiter(self._backend, prefix=self._key(prefix) or None)
+        return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in found["common_prefixes"])
 
     def delete(self, paths: Sequence[str]) -> None:
         """Objects that are already gone are fine."""

@@ -6,6 +6,7 @@ sha256 checked; what exists is said by the catalogue alone. `population.json` sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ class PopulationStore:
             if not POPULATION_NAME.fullmatch(name):
                 raise InvalidRequest(f"{field}: expected 1 to 63 of a-z 0-9 - (no - at the ends), found {name!r}")
         if namespace in RESERVED:
-            raise InvalidRequest(f"namespace: {namespace!r} is the store's own folder; use a prefix or another namespace")
+            raise InvalidRequest(f"namespace: {namespace!r} is the store's own folder; use a prefix")
         return cls(store.at(f"{namespace}/{population}"), namespace=namespace, population=population)
 
     def record(self) -> PopulationRecord | None:
@@ -99,8 +100,8 @@ class PopulationStore:
         for group, digest in record.shapes.items():
             if found.shapes.get(group, digest) != digest:
                 raise OwnershipError(
-                    f"{where}: shape of group {group}: expected {digest}, found {found.shapes[group]}; the group exists "
-                    "with another rank or other targets: use another group or population name"
+                    f"{where}: shape of group {group}: expected {digest}, found {found.shapes[group]}; the "
+                    "group exists with another rank or other targets: use another group or population name"
                 )
         if found.uid != record.uid and not record.adopt:
             raise OwnershipError(
@@ -174,10 +175,8 @@ class PopulationStore:
     def write_provenance(self, provenance: Provenance) -> str:
         """Store it under its sha256 and return that; writing the same again is free."""
         sha = provenance.sha256
-        try:
+        with contextlib.suppress(AlreadyExists):  # the name is the content
             self.objects.create(f"provenance/{sha}.json", provenance.encode())
-        except AlreadyExists:
-            pass  # the name is the content
         return sha
 
     def read_provenance(self, sha256: str) -> Provenance:
@@ -192,8 +191,8 @@ class PopulationStore:
         found = hashlib.sha256(data).hexdigest()
         if found != where.digest:
             raise DigestMismatch(
-                f"{self.objects.url(where.path)} at {where.offset}, {where.length} bytes: expected sha256 {where.digest}, "
-                f"found {found}"
+                f"{self.objects.url(where.path)} at {where.offset}, {where.length} bytes: expected sha256 "
+                f"{where.digest}, found {found}"
             )
         return data
 
