@@ -28,7 +28,7 @@ bud build --isolation chroot --pull-never --layers --format docker "${volumes[@]
   --iidfile "$scratch/id" --build-arg "BASE=$PYBASE" -t "$ref" -f "$dockerfile" "$context"
 id=$(<"$scratch/id")
 
-if [ -n "$(ctr_k8s images ls -q "name==$ref,labels.allele-build==$id")" ]; then
+if [ -n "$(ctr_k8s images ls -q "name==$ref,labels.\"allele-build\"==$id")" ]; then
   echo "build: $ref is up to date (${SECONDS}s)"
   exit
 fi

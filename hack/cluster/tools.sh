@@ -43,37 +43,37 @@ heartbeat() {
 }
 
 make_tool() { # NAME
-  local name=$1 version dir tmp log beat
-  version=$(version_of "$name") dir=$TOOLS/$name-$version
+  local name=$1 dir log tmp beat
+  dir=$(tool "$name")
   [ -d "$dir" ] && return
-  log=$TOOLS/$name-$version.log tmp=$TOOLS/$name-$version.tmp
+  log=$dir.log tmp=$dir.tmp
   rm -rf "$tmp"
   mkdir -p "$tmp"
   SECONDS=0
-  printf 'tools: %s %s: building\n' "$name" "$version"
-  heartbeat "$name $version" "$log" & beat=$!
+  echo "tools: $(basename "$dir"): building"
+  heartbeat "$(basename "$dir")" "$log" & beat=$!
   # shellcheck disable=SC2064  # the pid is meant to be fixed now
   trap "kill $beat 2>/dev/null" EXIT
-  if ! ( cd "$HERE/gomods/$name" 2>/dev/null || cd /; "build_$name" "$tmp" ) >"$log" 2>&1; then
+  if ! (cd "$HERE/gomods/$name" 2>/dev/null || cd /; "build_$name" "$tmp") >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    fail "$name $version did not build (whole log: $log). It needs Go 1.26 and a reachable module proxy (go env GOPROXY); run $0 $name again."
+    fail "$(basename "$dir") did not build; the whole log is $log. It needs Go 1.26 and a module proxy that answers (go env GOPROXY). To go on: $0 $name"
   fi
   kill "$beat"
   trap - EXIT
-  mv "$tmp" "$dir"
+  mv "$tmp" "$dir"   # only a whole folder ever has the final name
   rm -f "$log"
-  printf 'tools: %s %s: built in %ss\n' "$name" "$version" "$SECONDS"
+  echo "tools: $(basename "$dir"): built in ${SECONDS}s"
 }
 
-version_of() { # NAME: the pin in env.sh
-  local var=${1^^}_VERSION
-  [ -n "${!var-}" ] || fail "unknown tool '$1'; the tools are: ${ALL[*]}"
-  echo "${!var}"
-}
-
-command -v go >/dev/null || fail "no 'go' in PATH; install Go 1.26"
+wanted=()
+for name in "${@:-${ALL[@]}}"; do
+  [[ " ${ALL[*]} " == *" $name "* ]] || fail "unknown tool '$name'; the tools are: ${ALL[*]}"
+  [ -d "$(tool "$name")" ] || wanted+=("$name")
+done
+[ ${#wanted[@]} -gt 0 ] || exit 0
+command -v go >/dev/null || fail "no 'go' in PATH, and these are to be built: ${wanted[*]}. Install Go 1.26."
 mkdir -p "$TOOLS"
 # two builds at once would write the same folders: the second waits, then finds them there
 exec 9>"$TOOLS/.lock"
 flock -n 9 || { echo "tools: another build is running, waiting for it"; flock 9; }
-for name in "${@:-${ALL[@]}}"; do make_tool "$name"; done
+for name in "${wanted[@]}"; do make_tool "$name"; done

@@ -31,7 +31,7 @@ prepare() {
 # For shells and tests: `. out/cluster/env` gives kubectl, helm and an S3 client all they need.
 write_env() {
   cat >"$CLUSTER_DIR/env" <<ENV
-export KUBECONFIG=$ADMIN_KUBECONFIG
+export KUBECONFIG=$ADMIN_KUBECONFIG KUBECACHEDIR=$CLUSTER_DIR/kubecache
 export PATH=$(tool kubernetes):$(tool helm):\$PATH
 export AWS_ENDPOINT_URL=$S3_URL AWS_ACCESS_KEY_ID=$S3_KEY AWS_SECRET_ACCESS_KEY=$S3_SECRET AWS_DEFAULT_REGION=us-east-1
 ENV

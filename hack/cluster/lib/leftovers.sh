@@ -68,7 +68,7 @@ remove_rules() {
   proxy=$(tool kubernetes)/kube-proxy
   if [ -x "$proxy" ]; then
     "$proxy" --cleanup >/dev/null 2>&1 || true
-  else
+  elif iptables-save 2>/dev/null | grep -q '^:KUBE-'; then
     echo "no $proxy: the iptables chains KUBE-* stay until tools.sh and down.sh, or a reboot" >&2
   fi
   # --cleanup leaves this chain, which it shares with a kubelet that fills it; ours does not
@@ -81,14 +81,21 @@ remove_rules() {
 
 # What containerd, CNI and the kubelet write at fixed places, whatever they are told
 remove_host_files() { # DIR
-  local link
+  local link socket result sandbox
   for link in /var/log/containers/*; do
     if [[ -L $link && $(readlink "$link") == "$1"/* ]]; then rm -f "$link"; fi
   done
-  rm -f /var/lib/cni/results/allele-* /var/lib/kubelet/device-plugins/kubelet.sock
+  for socket in /run/containerd/s/*; do   # of shims; those of a containerd that is not ours are in use
+    grep -qF "$socket" /proc/net/unix || rm -f "$socket"
+  done
+  for result in /var/lib/cni/results/allele-*-eth0; do
+    sandbox=${result#*/allele-}
+    rm -f "$result" "/var/lib/cni/results/cni-loopback-${sandbox%-eth0}-lo"
+  done
+  rm -f /var/lib/kubelet/device-plugins/kubelet.sock
   rmdir /var/lib/kubelet/device-plugins /var/lib/kubelet /var/lib/cni/results /var/lib/cni /var/log/containers \
     /run/containerd/s /run/containerd/runc/k8s.io /run/containerd/runc /run/containerd/io.containerd.* \
-    /run/containerd 2>/dev/null || true
+    /run/containerd /run/netns 2>/dev/null || true
 }
 
 # sweep DIR: all of the above

@@ -16,7 +16,8 @@ fail() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; exit 1; }
 # Pids of everything that was started for a state folder: marked [DIR]
 marked() {
   local file
-  grep -lzsxF "$MARK=${1:-$CLUSTER_DIR}" /proc/[0-9]*/environ | while read -r file; do
+  # grep also fails when a process ends while it reads
+  { grep -lzsxF "$MARK=${1:-$CLUSTER_DIR}" /proc/[0-9]*/environ || true; } | while read -r file; do
     file=${file#/proc/}
     echo "${file%/environ}"
   done
