@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     accelerator = _has_accelerator()
     missing = set(plugins(accelerator=accelerator)) - {e.name for e in entry_points(group=GROUP)}
     if missing:
-        sys.exit(f"engine: expected the entry points {sorted(missing)} in group {GROUP}, found none: install allele itself")
+        sys.exit(f"engine: expected entry points {sorted(missing)} in group {GROUP}, found none: install allele itself")
     words = command(settings, python=sys.executable, accelerator=accelerator)
     os.execvpe(words[0], words, environment(os.environ, accelerator=accelerator))
 

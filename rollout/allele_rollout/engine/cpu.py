@@ -1,6 +1,7 @@
 """SGLang plugin that lets its LoRA code run on a machine without an accelerator.
 
-It pokes private names, so SGLang is pinned exactly. Without it the first adapter fails with an error about pinned memory.
+It pokes private names, so SGLang is pinned exactly. Without it the first adapter fails with an
+error about pinned memory.
 """
 
 from __future__ import annotations

@@ -71,17 +71,11 @@ class Gateway:
     def tiers(self) -> tuple[Tier, ...]:
         """Capacity of `disk` is in bytes, of the others in adapters. The engine fills its slots from what was used
         last; which adapters those are it does not tell."""
-        loaded = self.residency.adapters
-        slots = self.settings.slots
-        hot = loaded[-slots:]
+        sizes = self.residency.sizes()
+        hot = sizes[-self.settings.slots :]
         return (
-            Tier(name="hot", adapters=len(hot), bytes=sum(a.length for a in hot), capacity=slots),
-            Tier(
-                name="host",
-                adapters=len(loaded),
-                bytes=sum(a.length for a in loaded),
-                capacity=self.settings.max_loaded,
-            ),
+            Tier(name="hot", adapters=len(hot), bytes=sum(hot), capacity=self.settings.slots),
+            Tier(name="host", adapters=len(sizes), bytes=sum(sizes), capacity=self.settings.max_loaded),
             Tier(name="disk", adapters=len(self.cache), bytes=self.cache.size, capacity=self.cache.capacity),
         )
 

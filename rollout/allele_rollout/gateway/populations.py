@@ -136,8 +136,8 @@ class Population:
             except ProtocolError as e:
                 raise type(e)(f"{name}: {e}", retry_after=e.retry_after) from e
 
-        packed = Packed(digest=weights.digest, config=json.dumps(config, sort_keys=True).encode())
-        return Adapter(name=name, packed=packed, length=weights.length, read=read)
+        text = json.dumps(config, sort_keys=True).encode()
+        return Adapter(name, Packed(digest=weights.digest, length=weights.length, config=text), read)
 
     def _name(self, member: str, revision: int | None) -> AdapterName:
         return AdapterName(self._store.namespace, self._store.population, member, revision)

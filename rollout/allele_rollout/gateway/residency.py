@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import OrderedDict
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,8 +20,13 @@ from typing import Protocol
 
 from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
+from allele.residency import Slots
 from allele_rollout.gateway.client import EngineRefused
 from allele_rollout.gateway.warm import FolderCache, Packed
+
+_log = logging.getLogger(__name__)
+LOADS = 8
+"""Loads at once: the engine takes one at a time, so more only keep bytes and connections waiting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +35,6 @@ class Adapter:
 
     name: AdapterName
     packed: Packed
-    length: int
-    """Bytes."""
     read: Callable[[], Awaitable[bytes]] = dataclasses.field(compare=False, repr=False)
 
     @property
@@ -46,25 +49,12 @@ class Engine(Protocol):
     async def unload(self, name: str) -> None: ...
 
 
-@dataclasses.dataclass
-class _Entry:
-    adapter: Adapter
-    pins: int = 0
-    loading: asyncio.Future[None] | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Held:
     """What a hold got: names for the engine, or why not."""
 
     names: dict[Adapter, str]
     failed: dict[Adapter, ProtocolError]
-
-    def only(self, adapter: Adapter) -> str:
-        """The name of the one adapter held; raises why it could not be loaded."""
-        if adapter in self.failed:
-            raise self.failed[adapter]
-        return self.names[adapter]
 
 
 class Residency:
@@ -75,19 +65,23 @@ class Residency:
         self._cache = cache
         self._capacity = capacity
         self._event = on_event
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._slots: Slots[str] = Slots(places=capacity)
+        self._flights: dict[str, asyncio.Future[None]] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._sizes: dict[str, int] = {}
         self._turn = asyncio.Lock()
         self._freed = asyncio.Condition()
+        self._loads = asyncio.Semaphore(LOADS)
 
-    @property
-    def adapters(self) -> list[Adapter]:
-        """Registered now, least recently used first."""
-        return [e.adapter for e in self._entries.values()]
+    def sizes(self) -> list[int]:
+        """Bytes of each adapter registered now, least recently used first."""
+        return [self._sizes[name] for name in self._slots.names()]
 
     def forget(self) -> None:
         """The engine restarted: nothing is loaded. Holds of before end without effect."""
-        self._entries = OrderedDict()
+        self._slots = Slots(places=self._capacity)
+        self._flights = {}
+        self._sizes = {}
 
     @asynccontextmanager
     async def hold(self, adapters: Sequence[Adapter]) -> AsyncIterator[Held]:
@@ -96,50 +90,65 @@ class Residency:
         if len(wanted) > self._capacity:
             raise InvalidRequest(f"adapters: expected at most {self._capacity} in one batch, found {len(wanted)}")
         async with self._turn, self._freed:
-            await self._freed.wait_for(lambda: self._room(wanted))
-            entries = [self._pin(a) for a in wanted.values()]
+            await self._freed.wait_for(lambda: self._has_room(wanted))
+            slots, flights = self._slots, self._flights
+            for name, adapter in wanted.items():
+                self._sizes[name] = adapter.packed.length
+                for victim in slots.admit(name, pin=True):
+                    self._evict(victim)
         try:
-            outcomes = await asyncio.gather(*(self._loaded(e) for e in entries), return_exceptions=True)
-            yield _held(entries, outcomes)
+            outcomes = await asyncio.gather(*map(self._loaded, wanted.values()), return_exceptions=True)
+            yield _held(list(wanted.values()), outcomes)
         finally:
-            await asyncio.shield(self._release(entries))
+            await asyncio.shield(self._release(wanted, slots=slots, flights=flights))
 
-    def _room(self, wanted: dict[str, Adapter]) -> bool:
-        pinned = {n for n, e in self._entries.items() if e.pins}
+    def _has_room(self, wanted: dict[str, Adapter]) -> bool:
+        pinned = {name for name in self._slots.names() if self._slots.pins(name)}
         return len(pinned | wanted.keys()) <= self._capacity
 
-    def _pin(self, adapter: Adapter) -> _Entry:
-        entry = self._entries.setdefault(adapter.engine_name, _Entry(adapter))
-        entry.pins += 1
-        self._entries.move_to_end(adapter.engine_name)
-        return entry
+    def _evict(self, name: str) -> None:
+        self._flights.pop(name, None)
+        self._sizes.pop(name, None)
+        leaving = self._leaving[name] = asyncio.ensure_future(self._engine.unload(name))
+        leaving.add_done_callback(lambda _: self._left(name, leaving))
+        self._event("evicted")
 
-    async def _release(self, entries: list[_Entry]) -> None:
+    def _left(self, name: str, leaving: asyncio.Future[None]) -> None:
+        if self._leaving.get(name) is leaving:
+            del self._leaving[name]
+        if not leaving.cancelled() and (error := leaving.exception()):
+            _log.warning("Unload of %s: %s", name, error)
+
+    async def _release(
+        self, wanted: dict[str, Adapter], *, slots: Slots[str], flights: dict[str, asyncio.Future[None]]
+    ) -> None:
         async with self._freed:
-            for entry in entries:
-                entry.pins -= 1
+            for name in wanted:
+                slots.unpin(name)
+                if name not in flights and not slots.pins(name):  # its load failed
+                    slots.remove(name)
             self._freed.notify_all()
 
-    async def _loaded(self, entry: _Entry) -> None:
-        """Wait until the entry is loaded; the first to ask loads it."""
-        if entry.loading is None:
-            entry.loading = asyncio.ensure_future(self._load(entry))
-            entry.loading.add_done_callback(lambda f: f.cancelled() or f.exception())
-        await asyncio.shield(entry.loading)
+    async def _loaded(self, adapter: Adapter) -> None:
+        """Wait until it is loaded; the first to ask loads it."""
+        name, flights = adapter.engine_name, self._flights
+        flight = flights.get(name)
+        if flight is None:
+            flight = flights[name] = asyncio.ensure_future(self._load(adapter, flights))
+            flight.add_done_callback(lambda f: f.cancelled() or f.exception())
+        await asyncio.shield(flight)
 
-    async def _load(self, entry: _Entry) -> None:
-        adapter = entry.adapter
+    async def _load(self, adapter: Adapter, flights: dict[str, asyncio.Future[None]]) -> None:
+        name = adapter.engine_name
         try:
-            async with self._cache.folder(adapter.packed, adapter.read) as folder:
-                await self._make_room()
-                if leaving := self._leaving.get(adapter.engine_name):
-                    await asyncio.wait([leaving])
-                await self._register(adapter.engine_name, folder)
+            async with self._loads, self._cache.folder(adapter.packed, adapter.read) as folder:
+                if leaving := list(self._leaving.values()):
+                    await asyncio.wait(leaving)
+                await self._register(name, folder)
             self._event("loaded")
         except BaseException:
             self._event("failed")
-            if self._entries.get(adapter.engine_name) is entry:
-                del self._entries[adapter.engine_name]
+            flights.pop(name, None)
             raise
 
     async def _register(self, name: str, folder: Path) -> None:
@@ -150,25 +159,12 @@ class Residency:
                 raise InvalidRequest(f"adapter {name.partition('#')[0]}: {e}") from e
             # The name holds revision and digest, so what is there under it is right.
 
-    async def _make_room(self) -> None:
-        """Unload idle adapters beyond the capacity, least recently used first."""
-        while len(self._entries) > self._capacity:
-            victim = next((n for n, e in self._entries.items() if not e.pins), None)
-            if victim is None:
-                return
-            del self._entries[victim]
-            leaving = self._leaving[victim] = asyncio.ensure_future(self._engine.unload(victim))
-            leaving.add_done_callback(lambda _, name=victim: self._leaving.pop(name, None))  # type: ignore[misc]
-            await asyncio.shield(leaving)
-            self._event("evicted")
 
-
-def _held(entries: list[_Entry], outcomes: list[BaseException | None]) -> Held:
+def _held(adapters: list[Adapter], outcomes: list[BaseException | None]) -> Held:
     failed: dict[Adapter, ProtocolError] = {}
-    for entry, outcome in zip(entries, outcomes, strict=True):
+    for adapter, outcome in zip(adapters, outcomes, strict=True):
         if isinstance(outcome, ProtocolError):
-            failed[entry.adapter] = outcome
+            failed[adapter] = outcome
         elif outcome is not None:
             raise outcome
-    names = {e.adapter: e.adapter.engine_name for e in entries if e.adapter not in failed}
-    return Held(names=names, failed=failed)
+    return Held(names={a: a.engine_name for a in adapters if a not in failed}, failed=failed)

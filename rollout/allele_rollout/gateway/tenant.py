@@ -6,6 +6,7 @@ request runs. A client that goes away cancels the handler, which closes the requ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from allele_rollout.gateway.parts import Gateway
 from allele_rollout.gateway.residency import Adapter
 
 _PAGE = 1000
+_log = logging.getLogger(__name__)
 
 
 def tenant_app(gateway: Gateway) -> web.Application:
@@ -92,17 +94,16 @@ async def _resolved(gateway: Gateway, model: str) -> AsyncIterator[str | None]:
     if model == gateway.settings.base_name:
         yield None
         return
-    for adapter in await _meant(gateway, model):
+    adapters = await _meant(gateway, model)
+    for adapter in adapters:
         async with gateway.residency.hold([adapter]) as held:
-            error = held.failed.get(adapter)
-            if error is None:
-                yield held.only(adapter)
+            if adapter in held.names:
+                yield held.names[adapter]
                 return
-        last = error
-        gateway.metrics.residency.labels("refused").inc()
-        if not isinstance(last, DigestMismatch):
-            break
-    raise last
+        error = held.failed[adapter]
+        if adapter is adapters[-1] or not isinstance(error, DigestMismatch):
+            raise error
+        _log.error("Serving the revision before: %s", error)
 
 
 async def _meant(gateway: Gateway, model: str) -> list[Adapter]:

@@ -12,12 +12,12 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from allele.protocol.errors import DigestMismatch
+from allele.protocol.errors import DigestMismatch, Overloaded
+from allele.residency import Slots, TierFull
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -29,6 +29,8 @@ class Packed:
 
     digest: str
     """sha256 (hex) of the packed bytes."""
+    length: int
+    """Bytes."""
     config: bytes
     """PEFT's adapter_config.json."""
 
@@ -43,10 +45,8 @@ class FolderCache:
 
     def __init__(self, root: Path, *, capacity: int) -> None:
         self._root = root
-        self._capacity = capacity
+        self._slots: Slots[str] = Slots(capacity=capacity)
         self._flights: dict[str, asyncio.Task[Path]] = {}
-        self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._users: Counter[str] = Counter()
         root.mkdir(parents=True, exist_ok=True)
         found = []
         for path in root.iterdir():
@@ -55,40 +55,39 @@ class FolderCache:
             elif (weights := path / WEIGHTS).exists():
                 found.append((weights.stat().st_mtime, path.name, weights.stat().st_size))
         for _, name, size in sorted(found):
-            self._sizes[name] = size
+            self._admit(name, size=size)
 
     @property
     def capacity(self) -> int:
-        return self._capacity
-
-    def __len__(self) -> int:
-        return len(self._sizes)
+        return self._slots.capacity or 0
 
     @property
     def size(self) -> int:
-        return sum(self._sizes.values())
+        """Bytes kept."""
+        return self._slots.bytes
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
     @asynccontextmanager
     async def folder(self, packed: Packed, read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[Path]:
         """The folder of this adapter, kept while in use; `read` gets its bytes from the store when they are not here.
 
-        One read per adapter, however many ask at once. Raises DigestMismatch, and whatever `read` raises.
+        One read per adapter, however many ask at once. Raises DigestMismatch, Overloaded (all that is here is in use),
+        and whatever `read` raises.
         """
         name = packed.folder
-        self._users[name] += 1
+        self._admit(name, size=packed.length, pin=True)
         try:
             flight = self._flights.get(name)
             if flight is None:
-                flight = asyncio.ensure_future(self._materialise(packed, read))
-                self._flights[name] = flight
+                flight = self._flights[name] = asyncio.ensure_future(self._materialise(packed, read))
                 flight.add_done_callback(lambda _: self._flights.pop(name, None))
-            path = await asyncio.shield(flight)
-            self._sizes.setdefault(name, (path / WEIGHTS).stat().st_size)
-            self._sizes.move_to_end(name)
-            yield path
+            yield await asyncio.shield(flight)
         finally:
-            self._users[name] -= 1
-            self._shrink()
+            self._slots.unpin(name)
+            if not self._slots.pins(name) and not (self._root / name).exists():
+                self._slots.remove(name)
 
     async def _materialise(self, packed: Packed, read: Callable[[], Awaitable[bytes]]) -> Path:
         path = self._root / packed.folder
@@ -97,15 +96,13 @@ class FolderCache:
             await asyncio.to_thread(_write, path, data, packed)
         return path
 
-    def _shrink(self) -> None:
-        excess = self.size - self._capacity
-        for name in list(self._sizes):
-            if excess <= 0:
-                return
-            if not self._users[name]:
-                del self._users[name]
-                excess -= self._sizes.pop(name)
-                shutil.rmtree(self._root / name, ignore_errors=True)
+    def _admit(self, name: str, *, size: int, pin: bool = False) -> None:
+        try:
+            evicted = self._slots.admit(name, size=size, pin=pin)
+        except TierFull as e:
+            raise Overloaded(f"disk tier: {e}", retry_after=1.0) from e
+        for old in evicted:
+            shutil.rmtree(self._root / old, ignore_errors=True)
 
 
 def _intact(path: Path, digest: str) -> bool:
