@@ -1,0 +1,80 @@
+"""Start a trainer: build the frozen model once, then execute the commands of drivers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pathlib
+
+import torch
+from aiohttp import web
+from ulid import ULID
+
+from allele.store import PopulationStore
+from allele_trainer.model.build import build
+from allele_trainer.server import logs
+from allele_trainer.server.app import Server
+from allele_trainer.server.metrics import Metrics
+from allele_trainer.server.store import RunStore
+from allele_trainer.server.trainer import Limits, Trainer
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """example:
+  python -m allele_trainer --base examples/preferences/base --base-digest sha256:... \\
+      --store file:///tmp/store --slots 16 --max-rank 8 --listen 127.0.0.1:7070
+
+The store's credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). On a machine without CUDA
+one thread is used unless OMP_NUM_THREADS says otherwise."""
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allele_trainer", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", type=pathlib.Path, required=True, help="folder of the base model (Hugging Face files)"
+    )
+    parser.add_argument("--base-digest", required=True, help="digest that `allele base fetch` checked, told to drivers")
+    parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
+    parser.add_argument(
+        "--slots", type=int, default=16, help="adapters of one shape in the bank at a time (default: 16)"
+    )
+    parser.add_argument("--max-rank", type=int, default=8, help="largest rank of an adapter (default: 8)")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=8192,
+        help="input tokens per micro-batch: bounds activation memory (default: 8192)",
+    )
+    parser.add_argument(
+        "--listen", default="127.0.0.1:7070", help="address:port; port 0 takes a free one (default: 127.0.0.1:7070)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    logs.configure()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    model = build(args.base)
+
+    def open_store(namespace: str, population: str) -> RunStore:
+        return RunStore(PopulationStore.open(args.store, namespace=namespace, population=population))
+
+    trainer = Trainer(
+        model,
+        open_store=open_store,
+        limits=Limits(slots=args.slots, max_rank=args.max_rank, max_tokens=args.max_tokens),
+    )
+    incarnation = str(ULID())
+    server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
+    host, _, port = args.listen.rpartition(":")
+    log.info("ready", extra={"incarnation": incarnation, "device": str(model.device), "listen": args.listen})
+    web.run_app(server.app(), host=host, port=int(port), access_log=None, print=None)
+
+
+if __name__ == "__main__":
+    main()

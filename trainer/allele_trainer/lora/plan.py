@@ -1,0 +1,85 @@
+"""Which tokens of a packed batch belong to which row of the bank.
+
+The plan travels with its micro-batch (`allele_trainer.model.batch.PackedBatch`) and is entered again by each layer:
+activation recompute and pipelining run a layer later than its neighbours, and with a global plan they would apply
+another micro-batch's routing (measured: gradients off by a factor of two, without an error).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from allele_trainer.bank.rows import Bank
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tokens are ordered by slot; those after `tokens` are padding and have no adapter.
+
+    `offsets`: end of each group of slots `first..last-1`, empty ones included, for reads that take a slice of the bank;
+    `active_offsets`: end of each group of `active`, for gradients, which touch no other row.
+    """
+
+    bank: Bank
+    tokens: int
+    first: int
+    last: int
+    offsets: Tensor
+    active: Tensor
+    active_offsets: Tensor
+    scale: Tensor
+    """`[T, 1]`, the factor on B·A·x of each token's adapter."""
+
+    @property
+    def dense(self) -> bool:
+        """True when every slot of the range has tokens."""
+        return self.active.numel() == self.last - self.first
+
+
+def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int) -> Plan:
+    """Plan of (slot, tokens) pairs in ascending order of slot, in a batch of `padded` tokens."""
+    slots = [slot for slot, _ in counts]
+    if slots != sorted(set(slots)) or not all(n > 0 for _, n in counts):
+        raise ValueError(f"counts: expected ascending slots with tokens, found {counts}")
+    first, last = slots[0], slots[-1] + 1
+    tokens = torch.zeros(last - first, dtype=torch.int64)
+    for slot, n in counts:
+        tokens[slot - first] = n
+    ends = tokens.cumsum(0).to(torch.int32)
+    active = torch.tensor(slots)
+    per_token = torch.repeat_interleave(torch.arange(first, last), tokens).to(bank.device)
+    scale = torch.zeros(padded, 1, device=bank.device)
+    scale[: per_token.numel(), 0] = bank.scale[per_token]
+    return Plan(
+        bank=bank,
+        tokens=per_token.numel(),
+        first=first,
+        last=last,
+        offsets=ends.to(bank.device),
+        active=active.to(bank.device),
+        active_offsets=ends[active - first].to(bank.device),
+        scale=scale,
+    )
+
+
+_routed: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("allele_plan", default=None)
+
+
+@contextlib.contextmanager
+def routed(current: Plan | None) -> Iterator[None]:
+    token = _routed.set(current)
+    try:
+        yield
+    finally:
+        _routed.reset(token)
+
+
+def current() -> Plan | None:
+    """The plan of the layer being run; None runs the base alone."""
+    return _routed.get()

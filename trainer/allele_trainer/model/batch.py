@@ -1,0 +1,54 @@
+"""One packed micro-batch on the device: what the layers need beside hidden states `[T, 1, h]`.
+
+It is a PackedSeqParams, because that is the one argument which Megatron hands unchanged to every layer, also when it
+recomputes one. `qkv_format` stays unset: the local attention of Megatron refuses its own packed format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from allele_trainer.lora.plan import Plan
+from allele_trainer.rl.packing import Packed
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Sequences that attention runs together: `gather` `[n·width]` indexes tokens (T = a zero row)."""
+
+    width: int
+    gather: Tensor
+
+
+@dataclasses.dataclass
+class PackedBatch(PackedSeqParams):
+    tokens: Tensor = None  # type: ignore[assignment]
+    """`[T]` ids, padding included."""
+    positions: Tensor = None  # type: ignore[assignment]
+    """`[T]` position of each token in its sequence."""
+    longest: int = 0
+    buckets: tuple[Bucket, ...] = ()
+    scatter: Tensor = None  # type: ignore[assignment]
+    """`[T]` row of each token in the concatenated bucket outputs; the row behind the last is zero."""
+    rows: Tensor = None  # type: ignore[assignment]
+    """`[R]` tokens whose next-token logits are wanted."""
+    plan: Plan | None = None
+
+
+def to_device(packed: Packed, *, plan: Plan | None, device: torch.device) -> PackedBatch:
+    def tensor(array: object) -> Tensor:
+        return torch.as_tensor(array).to(device)
+
+    return PackedBatch(
+        tokens=tensor(packed.tokens),
+        positions=tensor(packed.positions),
+        longest=packed.longest,
+        buckets=tuple(Bucket(b.width, tensor(b.gather)) for b in packed.buckets),
+        scatter=tensor(packed.scatter),
+        rows=tensor(packed.rows),
+        plan=plan,
+    )

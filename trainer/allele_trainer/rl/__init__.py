@@ -1,0 +1,1 @@
+"""Samples to packed micro-batches, and the token losses. Algorithms (advantages, cohorts) live in the driver."""

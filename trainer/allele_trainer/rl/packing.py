@@ -1,0 +1,179 @@
+"""Samples → packed micro-batches, as arrays.
+
+A member's bits must not depend on who shares its batch, so every choice here depends on the member alone: its sequences
+are split into units by its own tokens, a micro-batch never holds two units of one slot, sequences meet attention at a
+width that follows from their own length, and the whole batch is padded to a multiple of 64 tokens (GEMM kernels for few
+rows give other bits; the rows themselves do not change each other).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PAD = 64
+"""Batches and logit rows are padded to a multiple of this."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sequence of one slot; `logprobs` are the rollout's, per completion token."""
+
+    slot: int
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    logprobs: Sequence[float] = ()
+    advantage: float = 0.0
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that go into the model: the last one is only a target."""
+        return len(self.prompt) + len(self.completion) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionBucket:
+    width: int
+    gather: Ints
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """T tokens (padded), R logit rows (padded), n ≤ R targets; sequences ordered by slot."""
+
+    tokens: Ints
+    positions: Ints
+    longest: int
+    counts: tuple[tuple[int, int], ...]
+    """(slot, tokens), ascending."""
+    buckets: tuple[AttentionBucket, ...]
+    scatter: Ints
+    rows: Ints
+    targets: Ints
+    """`[n]`"""
+    owners: Ints
+    """`[n]` slot of each target."""
+    logprobs: Floats
+    advantages: Floats
+
+
+def width(length: int) -> int:
+    """Attention width of a sequence: exact when short, then in steps: little padding, few kernels."""
+    step = 1 if length <= 32 else 16 if length <= 256 else 64
+    return -(-length // step) * step
+
+
+def micro_batches(samples: Iterable[Sample], *, max_tokens: int) -> list[list[Sample]]:
+    """Split samples into micro-batches of at most `max_tokens` input tokens (one longer sequence goes alone).
+
+    Order of a slot's samples is kept. Each slot's share of a micro-batch is the same whoever else is there.
+    """
+    by_slot: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_slot.setdefault(sample.slot, []).append(sample)
+    rounds: list[list[list[Sample]]] = []
+    for slot in sorted(by_slot):
+        for i, unit in enumerate(_units(by_slot[slot], max_tokens)):
+            if i == len(rounds):
+                rounds.append([])
+            rounds[i].append(unit)
+    batches: list[list[Sample]] = []
+    for units in rounds:
+        room = 0
+        for unit in units:
+            size = sum(s.inputs for s in unit)
+            if size > room:
+                batches.append([])
+                room = max_tokens
+            batches[-1].extend(unit)
+            room -= size
+    return batches
+
+
+def _units(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    units: list[list[Sample]] = [[]]
+    size = 0
+    for sample in samples:
+        if units[-1] and size + sample.inputs > max_tokens:
+            units.append([])
+            size = 0
+        units[-1].append(sample)
+        size += sample.inputs
+    return units
+
+
+def pack(samples: Sequence[Sample]) -> Packed:
+    """One micro-batch; samples in ascending order of slot."""
+    lengths = np.array([s.inputs for s in samples])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    total = int(starts[-1])
+    size = _padded(total)
+    tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    tokens[:total] = np.fromiter(
+        itertools.chain.from_iterable((*s.prompt, *s.completion[:-1]) for s in samples), np.int64, total
+    )
+    positions[:total] = np.arange(total) - np.repeat(starts[:-1], lengths)
+    buckets, scatter = _buckets(lengths, starts, size)
+    answers = np.array([len(s.completion) for s in samples])
+    first = starts[1:] - answers
+    rows = np.arange(int(answers.sum())) - np.repeat(np.cumsum(answers) - answers, answers) + np.repeat(first, answers)
+    slots = np.array([s.slot for s in samples])
+    counts: dict[int, int] = {}
+    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        counts[slot] = counts.get(slot, 0) + length
+    return Packed(
+        tokens=tokens,
+        positions=positions,
+        longest=int(lengths.max()),
+        counts=tuple(counts.items()),
+        buckets=buckets,
+        scatter=scatter,
+        rows=np.concatenate([rows, np.zeros(_padded(rows.size) - rows.size, np.int64)]),
+        targets=_flat((s.completion for s in samples), np.int64),
+        owners=np.repeat(slots, answers),
+        logprobs=_flat((s.logprobs for s in samples), np.float32),
+        advantages=np.repeat(np.array([s.advantage for s in samples], np.float32), answers),
+    )
+
+
+def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:
+    """Gather indices of each width, and where each token comes back from; `size` and the last row mean zero."""
+    widths = np.array([width(n) for n in lengths.tolist()])
+    buckets: list[AttentionBucket] = []
+    place = np.zeros(lengths.size, np.int64)
+    offset = 0
+    for w in np.unique(widths).tolist():
+        members = np.flatnonzero(widths == w)
+        column = np.arange(w)
+        gather = np.where(column < lengths[members, None], starts[members, None] + column, size)
+        buckets.append(AttentionBucket(w, gather.ravel()))
+        place[members] = offset + np.arange(members.size) * w
+        offset += members.size * w
+    scatter = np.full(size, offset)
+    total = int(starts[-1])
+    scatter[:total] = np.arange(total) + np.repeat(place - starts[:-1], lengths)
+    return tuple(buckets), scatter
+
+
+def token_weights(samples: Iterable[Sample]) -> Mapping[int, float]:
+    """Slot → 1 / completion tokens of that slot in the whole command."""
+    totals: dict[int, int] = {}
+    for sample in samples:
+        totals[sample.slot] = totals.get(sample.slot, 0) + len(sample.completion)
+    return {slot: 1.0 / total for slot, total in totals.items()}
+
+
+def _padded(n: int) -> int:
+    return max(PAD, -(-n // PAD) * PAD)
+
+
+def _flat(lists: Iterable[Sequence[float]], dtype: type[Any]) -> npt.NDArray[Any]:
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype)

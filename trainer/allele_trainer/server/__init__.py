@@ -1,0 +1,1 @@
+"""Commands of drivers: executed in order by one thread, each exactly once."""

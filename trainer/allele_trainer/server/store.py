@@ -1,0 +1,42 @@
+"""A population's store as commands use it: its failures become answers that a driver can act on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from allele.protocol.commands import ByteRange
+from allele.protocol.errors import NotFound, Unavailable
+from allele.store import ObjectNotFound, PopulationStore, StoreError
+
+Kind = Literal["segments", "states"]
+
+
+class RunStore:
+    """Reads and writes segments. Raises Unavailable (retry the same command), NotFound or DigestMismatch."""
+
+    def __init__(self, population: PopulationStore) -> None:
+        self._population = population
+
+    def read(self, where: ByteRange) -> bytes:
+        with _answered():
+            return self._population.read(where)
+
+    def read_many(self, where: Sequence[ByteRange]) -> list[bytes]:
+        with _answered():
+            return self._population.read_many(where)
+
+    def write_segment(self, adapters: Mapping[str, bytes | memoryview], kind: Kind) -> dict[str, ByteRange]:
+        with _answered():
+            return self._population.write_segment(adapters, kind=kind)
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except ObjectNotFound as e:
+        raise NotFound(str(e)) from e
+    except StoreError as e:
+        raise Unavailable(f"store: {e}", retry_after=2.0) from e
