@@ -94,8 +94,7 @@ remove_host_files() { # DIR
   done
   rm -f /var/lib/kubelet/device-plugins/kubelet.sock
   rmdir /var/lib/kubelet/device-plugins /var/lib/kubelet /var/lib/cni/results /var/lib/cni /var/log/containers \
-    /run/containerd/s /run/containerd/runc/k8s.io /run/containerd/runc /run/containerd/io.containerd.* \
-    /run/containerd /run/netns 2>/dev/null || true
+    /run/containerd/s /run/containerd/io.containerd.* /run/containerd /run/netns 2>/dev/null || true
 }
 
 # sweep DIR: all of the above

@@ -8,7 +8,7 @@ start_containerd() {
     # First start, or an earlier session was killed: pods without a containerd cannot be adopted.
     # Its task state and the address leases go; images and sandbox records (root/) stay, the kubelet makes the pods anew.
     end_node "$CLUSTER_DIR"
-    rm -rf "$CLUSTER_DIR/containerd/state" "$CLUSTER_DIR/ipam" "$CRI"
+    rm -rf "$CLUSTER_DIR"/containerd/{state,runc} "$CLUSTER_DIR/ipam" "$CRI"
   fi
   render "$HERE/config/cni.json" >"$CONF/cni/10-allele.conflist"
   render "$HERE/config/containerd.toml" >"$CONF/containerd.toml"
