@@ -69,7 +69,9 @@ def lineage(
     tree = Tree(f"[bold]{name.population}/{name.member}[/]")
     for fact in chain:
         link = _link(source, fact)
-        at = tree.add(f"@{link['revision']}  step {link['step']}  {link['digest'][:12]}  {link['time']:%Y-%m-%d %H:%M:%S}")
+        at = tree.add(
+            f"@{link['revision']}  step {link['step']}  {link['digest'][:12]}  {link['time']:%Y-%m-%d %H:%M:%S}"
+        )
         if fact is chain[0]:
             for key in ("run", "environment", "code_digest", "prompts", "base", "provenance"):
                 at.add(f"{key.replace('_', ' ')}: {link[key]}")
@@ -113,7 +115,9 @@ def _open(adapter: str, namespace: str, store: str | None) -> tuple[PopulationSt
 def _chain(index: Index, name: AdapterName) -> list[Fact]:
     """The asked revision (default: newest) and its parents."""
     if name.member not in index:
-        raise Failure(f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`")
+        raise Failure(
+            f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`"
+        )
     at = index.newest(name.member) if name.revision is None else index.get(name.member, name.revision)
     if at is None:
         raise Failure(f"{name}: no such committed revision; the newest is {index.next_revision(name.member) - 1}")

@@ -68,9 +68,10 @@ class Endpoint:
 
     async def complete(self, model: str, prompts: Sequence[str]) -> list[tuple[str, str]]:
         """(text, finish_reason) of each prompt. Raises Failure with the server's words."""
-        async with self._gate, self._session.post(
-            self._url, json={"model": model, "prompt": list(prompts), **self._options}
-        ) as reply:
+        async with (
+            self._gate,
+            self._session.post(self._url, json={"model": model, "prompt": list(prompts), **self._options}) as reply,
+        ):
             if reply.status != 200:
                 raise Failure(f"{self._url}: model {model}: HTTP {reply.status}: {(await reply.text())[:500]}")
             choices = (await reply.json())["choices"]
@@ -126,7 +127,13 @@ def evaluate(
         sys.path.insert(0, str(code))
     result = asyncio.run(
         evaluate_files(
-            files, endpoint=endpoint, base=base, base_model=base_model, prompts=prompts, temperature=temperature, seed=seed
+            files,
+            endpoint=endpoint,
+            base=base,
+            base_model=base_model,
+            prompts=prompts,
+            temperature=temperature,
+            seed=seed,
         )
     )
     if out is not None:

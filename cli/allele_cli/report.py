@@ -28,7 +28,9 @@ LABELLED = 32
 def plot(
     population: Annotated[str, typer.Argument(help="Name of the population.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("report.png"),
-    evaluation: Annotated[Path | None, typer.Option("--eval", help="Result of `allele eval`, for the heat map.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option("--eval", help="Result of `allele eval`, for the heat map.")
+    ] = None,
     namespace: NamespaceOption = "default",
     store: StoreOption = None,
 ) -> None:
@@ -70,18 +72,25 @@ def _curves(axes: Axes, facts: list[Fact], evaluation: Evaluation | None) -> Non
     by_step: dict[int, list[float]] = defaultdict(list)
     for curve in curves.values():
         steps = sorted(curve)
-        smooth = [sum(curve[s] for s in steps[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING) for i in range(len(steps))]
+        smooth = [
+            sum(curve[s] for s in steps[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING)
+            for i in range(len(steps))
+        ]
         axes.plot(steps, smooth, linewidth=0.9, alpha=0.45)
         for step in steps:
             by_step[step].append(curve[step])
     steps = sorted(by_step)
-    axes.plot(steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], color="black", linewidth=2.4, label="mean of members")
+    axes.plot(
+        steps, [sum(by_step[s]) / len(by_step[s]) for s in steps], color="black", linewidth=2.4, label="mean of members"
+    )
     if evaluation is not None:
         base = sum(evaluation.base.values()) / len(evaluation.base)
         axes.axhline(base, color="grey", linestyle="--", label=f"base, held out: {base:.2f}")
         after = evaluation.diagonal_mean
         axes.axhline(after, color="tab:green", linestyle=":", label=f"served, held out: {after:.2f}")
-    axes.set(xlabel="optimizer step", ylabel="reward of training samples", ylim=(0, 1.02), title="Each member learns its own")
+    axes.set(
+        xlabel="optimizer step", ylabel="reward of training samples", ylim=(0, 1.02), title="Each member learns its own"
+    )
     axes.legend(loc="lower right", frameon=False)
 
 

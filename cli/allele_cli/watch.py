@@ -64,7 +64,9 @@ def progress_of(obj: dict[str, Any]) -> Progress:
             "phase": phases.get(status.get("phase", ""), "Starting"),
             "step": progress.get("step", 0),
             "steps": progress.get("steps") or obj["spec"]["stop"]["steps"],
-            "reward": Reward(**{k: float(reward[k]) for k in ("mean", "best", "worst")}) if reward.get("mean") else None,
+            "reward": Reward(**{k: float(reward[k]) for k in ("mean", "best", "worst")})
+            if reward.get("mean")
+            else None,
             "committed": status.get("committed", 0),
             "exposed": status.get("exposed", 0),
         }

@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="archive to write")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--program", type=Path, help="static program; the image runs it as a non-root user")
-    kind.add_argument("--rootfs", type=Path, help="uncompressed tar of a root file system; the image runs python3 in it")
+    kind.add_argument(
+        "--rootfs", type=Path, help="uncompressed tar of a root file system; the image runs python3 in it"
+    )
     args = parser.parse_args()
 
     if args.rootfs:

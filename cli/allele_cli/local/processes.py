@@ -52,7 +52,9 @@ class Process:
             if code == 0 or self._stopping:
                 return code
             if self.restarts >= self.spec.restarts:
-                raise Failure(f"{self.spec.name}: ended with exit code {code}; last lines of {self.log}:\n{self.tail()}")
+                raise Failure(
+                    f"{self.spec.name}: ended with exit code {code}; last lines of {self.log}:\n{self.tail()}"
+                )
             delay = BACKOFF_SECONDS[min(self.restarts, len(BACKOFF_SECONDS) - 1)]
             self.restarts += 1
             self._on_restart(self.spec.name, code)
