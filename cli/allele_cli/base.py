@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from allele.store import bases
+from allele.store.objects import Objects
+from allele_cli.failure import Failure
 
 app = typer.Typer(help="Base models in the store.", no_args_is_help=True)
 
@@ -15,18 +17,20 @@ app = typer.Typer(help="Base models in the store.", no_args_is_help=True)
 @app.command()
 def put(
     directory: Annotated[Path, typer.Argument(help="Folder with config.json, tokenizer and safetensors.")],
-    to: Annotated[str, typer.Option(help="Where: s3://bucket/path or file:///path.")],
+    to: Annotated[
+        str, typer.Option(help="Where: <store>/bases/<name>, <store> as in s3://bucket/prefix or file:///dir.")
+    ],
 ) -> None:
     """Upload a base model and print its digest.
 
     Example: `allele base put examples/preferences/base --to s3://allele/bases/preferences`
     """
-    print(bases.put(directory, uri=to))
+    print(put_base(directory, uri=to))
 
 
 @app.command()
 def fetch(
-    uri: Annotated[str, typer.Option(help="Where it lies: s3://bucket/path or file:///path.")],
+    uri: Annotated[str, typer.Option(help="Where it was put: <store>/bases/<name>.")],
     digest: Annotated[str, typer.Option(help="Digest that `allele base put` printed.")],
     to: Annotated[Path, typer.Option(help="Folder to fetch into; complete files there are kept.")],
 ) -> None:
@@ -34,7 +38,8 @@ def fetch(
 
     Example: `allele base fetch --uri s3://allele/bases/preferences --digest sha256:… --to /tmp/base`
     """
-    bases.fetch(uri, digest=digest, to=to)
+    store, name = split_uri(uri)
+    bases.fetch(store, name, to, digest=digest)
     print(f"{to}: {digest}")
 
 
@@ -45,3 +50,17 @@ def digest(directory: Annotated[Path, typer.Argument(help="Folder with the base 
     Example: `allele base digest examples/preferences/base`
     """
     print(bases.digest(directory))
+
+
+def put_base(directory: Path, *, uri: str) -> str:
+    """Upload a folder; returns its digest."""
+    store, name = split_uri(uri)
+    return bases.put(store, name, directory).digest
+
+
+def split_uri(uri: str) -> tuple[Objects, str]:
+    """`<store>/bases/<name>` → the store and the name. Raises Failure for another form."""
+    store, found, name = uri.rpartition("/bases/")
+    if not found or not name or "/" in name:
+        raise Failure(f"base uri: expected <store>/bases/<name>, found {uri!r}")
+    return Objects.open(store), name

@@ -14,8 +14,8 @@ from typing import Any
 import boto3
 import yaml
 
-from allele.store import bases
 from allele.store.population import PopulationStore
+from allele_cli.base import put_base
 from allele_cli.failure import Failure
 from allele_cli.watch import watch
 from hack.demo.summary import EXAMPLE, POPULATION, ROOT, Seconds, conclude, evaluate
@@ -108,7 +108,7 @@ def fill_store() -> PopulationStore:
         client.create_bucket(Bucket=spec["bucket"])
     (pool,) = yaml.safe_load_all((EXAMPLE / "03-pool.yaml").read_text())
     say(f"allele base put examples/preferences/base --to {pool['spec']['base']['uri']}")
-    digest = bases.put(EXAMPLE / "base", uri=pool["spec"]["base"]["uri"])
+    digest = put_base(EXAMPLE / "base", uri=pool["spec"]["base"]["uri"])
     if digest != pool["spec"]["base"]["digest"]:
         raise Failure(f"base: expected {pool['spec']['base']['digest']} as in 03-pool.yaml, found {digest}")
     url = f"s3://{spec['bucket']}/{spec.get('prefix', '')}".rstrip("/")

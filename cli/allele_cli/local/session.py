@@ -19,7 +19,7 @@ from allele.api.run import RLRunSpec
 from allele.api.runtime import AdapterRuntimeSpec, Images
 from allele.api.store import AdapterStoreSpec
 from allele.protocol.bundle import RunBundle
-from allele.store import bases
+from allele_cli.base import put_base
 from allele_cli.display import Display
 from allele_cli.failure import Failure
 from allele_cli.local.pods import Addresses, LocalPod, interpreter, localise, write_files
@@ -224,7 +224,7 @@ class Session:
 async def session(plan: Plan, display: Display) -> AsyncIterator[Session]:
     """Put the base into the store, start everything, stop everything at the end."""
     (plan.out / "logs").mkdir(parents=True, exist_ok=True)
-    digest = await asyncio.to_thread(bases.put, plan.base, uri=plan.base_uri)
+    digest = await asyncio.to_thread(put_base, plan.base, uri=plan.base_uri)
     if digest != plan.population_spec.base.digest:
         raise Failure(
             f"base {plan.base}: expected {plan.population_spec.base.digest} as in the population, found {digest}"
