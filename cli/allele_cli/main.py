@@ -9,9 +9,13 @@ import sys
 
 import typer
 
+from allele.format import ShapeMismatch
 from allele.protocol.errors import ProtocolError
+from allele.store.errors import StoreError
 from allele_cli import base, catalogue, evaluate, local, report, watch
 from allele_cli.failure import Failure
+from allele_driver.environments.load import EnvironmentLoadError
+from allele_driver.members import InvalidInput
 
 app = typer.Typer(
     name="allele",
@@ -33,7 +37,7 @@ app.command("plot")(report.plot)
 def main() -> None:
     try:
         app()
-    except (Failure, ProtocolError, OSError) as e:
+    except (Failure, ProtocolError, StoreError, ShapeMismatch, InvalidInput, EnvironmentLoadError, OSError) as e:
         print(f"allele: {e}", file=sys.stderr)
         sys.exit(1)
 
