@@ -29,7 +29,7 @@ class Seconds:
     setup: float = 0
     cluster: float = 0
     start: float = 0
-    """From applying the resources to the first step."""
+    """From applying the resources to the first commit; until `conclude`, to the end of training."""
     training: float = 0
 
 
@@ -58,6 +58,7 @@ def conclude(store: PopulationStore, result: Evaluation, *, seconds: Seconds, mo
     committed = [f for f in facts if f.kind == "Committed"]
     times = [f.time for f in committed if f.step and f.time]
     seconds.training = (max(times) - min(times)).total_seconds()
+    seconds.start = max(0.0, seconds.start - seconds.training)
     draw([f for f in committed if f.step], out=OUT / "report.png", evaluation=result, title=POPULATION)
     summary = {
         "mode": mode,
