@@ -16,6 +16,7 @@ from allele.protocol.progress import Progress
 Obj = dict[str, Any]
 """An object as `observe.project` made it, or a manifest as `render` made it."""
 
+GROUP_PREFIX = f"{GROUP}/"
 POOL_LABEL = f"{GROUP}/pool"
 RUN_LABEL = f"{GROUP}/run"
 STORE_LABEL = f"{GROUP}/store"

@@ -12,8 +12,8 @@ from typing import Any
 from allele.api.schema import GROUP
 from allele_operator.planning.model import PLANNED, RESOURCES, Obj
 
-MESSAGE_LIMIT = 1024
-"""Characters of a termination message that may reach a condition; kubelet itself caps files at 4096 bytes."""
+MESSAGE_LIMIT = 4096
+"""Characters kept of a message, what kubelet keeps of a termination message; conditions take the first 1024."""
 _METADATA = ("namespace", "name", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 

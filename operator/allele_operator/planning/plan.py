@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
+from pydantic import ValidationError
+
+from allele_operator.planning import pool, population, run, runtime, store
+from allele_operator.planning.conditions import Found, events, merged
 from allele_operator.planning.model import (
     PLANNED,
     POOL_LABEL,
@@ -15,14 +19,41 @@ from allele_operator.planning.model import (
     Ref,
     World,
 )
+from allele_operator.planning.naming import own_pool
 
-_PLANS: dict[str, Callable[[Obj, World, datetime], Plan]] = {}
+_PLANS: dict[str, Callable[[Obj, World, datetime], Plan]] = {
+    "AdapterStore": store.plan,
+    "AdapterRuntime": runtime.plan,
+    "BasePool": pool.plan,
+    "AdapterPopulation": population.plan,
+    "RLRun": run.plan,
+}
+_SUMMARY = {
+    "AdapterStore": "Reachable",
+    "AdapterRuntime": "Valid",
+    "BasePool": "Ready",
+    "AdapterPopulation": "Ready",
+    "RLRun": "Running",
+}
+"""The condition that sums an object up."""
 
 
 def plan(kind: str, obj: Obj, world: World, now: datetime) -> Plan:
     """Plan one object of a kind in PLANNED. `now` is UTC; only conditions and backoff read it."""
-    planner = _PLANS.get(kind)
-    return planner(obj, world, now) if planner else Plan()
+    try:
+        return _PLANS[kind](obj, world, now)
+    except ValidationError as e:
+        return _unreadable(kind, obj, e, now)
+
+
+def _unreadable(kind: str, obj: Obj, error: ValidationError, now: datetime) -> Plan:
+    """An object stored under an older schema, its own or one that it names: told, and left alone."""
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    found = Found(_SUMMARY[kind], False, "SpecInvalid", f"{error.title}: {where}: {first['msg']}", "Warning")
+    kept = [c for c in obj["status"].get("conditions") or () if c["type"] != found.type]
+    status = obj["status"] | {"phase": "Invalid", "conditions": [*merged(obj, [found], now), *kept]}
+    return Plan(status=status, events=events(obj, [found]))
 
 
 def dependents(kind: str, obj: Obj, world: World) -> set[Ref]:
@@ -51,7 +82,9 @@ def _readers(kind: str, obj: Obj, world: World) -> Iterator[Ref]:
     elif kind == "BasePool":
         yield Ref("AdapterStore", namespace, obj["spec"].get("storeRef", ""))
         yield from (Ref.of(o) for o in naming("RLRun", "poolRef", name))
-        yield from (Ref("RLRun", namespace, o["name"]) for o in obj["metadata"]["ownerReferences"] if o["kind"] == "RLRun")
+        yield from (
+            Ref("RLRun", namespace, o["name"]) for o in obj["metadata"]["ownerReferences"] if o["kind"] == "RLRun"
+        )
     elif kind == "AdapterPopulation":
         yield Ref("AdapterStore", namespace, obj["spec"].get("storeRef", ""))
         yield from (Ref.of(o) for o in naming("RLRun", "populationRef", name))
@@ -60,8 +93,3 @@ def _readers(kind: str, obj: Obj, world: World) -> Iterator[Ref]:
         yield Ref("AdapterPopulation", namespace, population)
         yield Ref("BasePool", namespace, obj["spec"].get("poolRef") or own_pool(name))
         yield from (Ref.of(o) for o in naming("RLRun", "populationRef", population))
-
-
-def own_pool(run: str) -> str:
-    """Name of the pool that a run with runtimeRef gets."""
-    return f"{run}-pool"

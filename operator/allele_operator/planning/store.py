@@ -1,0 +1,136 @@
+"""AdapterStore: is the bucket reachable with the credentials that pods will have, and does it do what commits need?
+
+Only a pod can tell, since the operator holds no credentials: a probe Job answers in its termination message. It runs
+when the spec changed, and again, ever less often, while something waits for a store that could not be reached.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta
+
+from allele.api.store import AdapterStoreSpec
+from allele_operator.planning import observe, pods
+from allele_operator.planning.conditions import Found, Severity, Trouble, events, merged, parse
+from allele_operator.planning.model import Action, Create, Delete, Obj, Plan, Ref, World
+from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.store import probe_job
+
+SOONEST = timedelta(seconds=10)
+LATEST = timedelta(seconds=300)
+_CAPABILITIES = {
+    "create_only": "CreateOnly",
+    "if_match": "IfMatch",
+    "ranged_read": "RangedRead",
+    "list": "List",
+}
+_PROBING = Found("Reachable", None, "Probing", "a probe Job is finding out")
+
+
+def plan(store: Obj, world: World, now: datetime) -> Plan:
+    if observe.deleting(store):
+        return Plan()
+    spec = AdapterStoreSpec.model_validate(store["spec"])
+    wanted = probe_job(store, spec, world.options)
+    jobs = world.owned(store["metadata"]["uid"], "Job")
+    probe = next((j for j in jobs if j["metadata"]["name"] == wanted["metadata"]["name"]), None)
+    actions: list[Action] = [
+        Delete(Ref.of(j), j["metadata"]["uid"]) for j in jobs if j is not probe and not observe.deleting(j)
+    ]
+    found, wait = _PROBING, None
+    if probe is None or observe.deleting(probe):
+        found = _known(store) or _PROBING
+        if probe is None and (found.status is None or (found.status is False and _awaited(store, world))):
+            actions.append(Create(wanted))
+    elif end := _end(probe):
+        found = _result(store, probe, end, world)
+        if found.status is False and _awaited(store, world):
+            wait = _again(store, parse(end["lastTransitionTime"])) - now
+            if wait <= timedelta(0):
+                actions.append(Delete(Ref.of(probe), probe["metadata"]["uid"]))
+                wait = None
+    else:
+        trouble = pods.trouble(world.owned(probe["metadata"]["uid"], "Pod"))
+        found = trouble.of("Reachable") if trouble else _known(store) or _PROBING
+    return Plan(
+        actions=tuple(actions),
+        status=_status(store, spec, found, capabilities=_capabilities(store, probe, found, world), now=now),
+        events=events(store, [found]),
+        requeue=None if wait is None else wait.total_seconds(),
+    )
+
+
+def _status(store: Obj, spec: AdapterStoreSpec, found: Found, *, capabilities: list[str], now: datetime) -> Obj:
+    return {
+        "observedGeneration": store["metadata"].get("generation", 0),
+        "phase": {True: "Reachable", False: "Unreachable", None: "Probing"}[found.status],
+        "url": f"{StoreAccess.of(spec).url}/{store['metadata']['namespace']}",
+        "capabilities": capabilities,
+        "conditions": merged(store, [found], now),
+    }
+
+
+def _known(store: Obj) -> Found | None:
+    """What an earlier probe of this very spec found, so that probing again does not make it unknown."""
+    old = observe.condition(store, "Reachable")
+    if old.get("observedGeneration") != store["metadata"].get("generation", 0) or old["status"] == "Unknown":
+        return None
+    severity: Severity = "Normal" if old["status"] == "True" else "Warning"
+    return Found("Reachable", old["status"] == "True", old["reason"], old["message"], severity)
+
+
+def _end(job: Obj) -> Obj | None:
+    return next(
+        (c for c in job["status"]["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None
+    )
+
+
+def _again(store: Obj, ended: datetime) -> datetime:
+    """When to probe again: after as long as the store has been unreachable, within SOONEST and LATEST."""
+    old = observe.condition(store, "Reachable")
+    since = parse(old["lastTransitionTime"]) if old.get("status") == "False" else ended
+    return ended + min(max(ended - since, SOONEST), LATEST)
+
+
+def _awaited(store: Obj, world: World) -> bool:
+    name, namespace = store["metadata"]["name"], store["metadata"]["namespace"]
+    return any(
+        o["spec"].get("storeRef") == name for k in ("BasePool", "AdapterPopulation") for o in world.select(k, namespace)
+    )
+
+
+def _report(probe: Obj, world: World) -> Obj:
+    """What the probe wrote into its termination message, {} when there is none or it is not JSON."""
+    for pod in world.owned(probe["metadata"]["uid"], "Pod"):
+        for container in pod["status"]["containers"]:
+            try:
+                report = json.loads((container.get("terminated") or {}).get("message", ""))
+            except ValueError:
+                continue
+            if isinstance(report, dict):
+                return report
+    return {}
+
+
+def _result(store: Obj, probe: Obj, end: Obj, world: World) -> Found:
+    report, known = _report(probe, world), _known(store)
+    if report:
+        reachable = bool(report.get("reachable"))
+        reason = str(report.get("reason") or ("Reachable" if reachable else "Unreachable"))
+        return Found(
+            "Reachable", reachable, reason, str(report.get("message", "")), "Normal" if reachable else "Warning"
+        )
+    if known and (known.status or end["type"] == "Failed"):
+        return known
+    if end["type"] == "Complete":
+        return Found("Reachable", True, "Reachable", "the probe Job succeeded")
+    trouble = pods.trouble(world.owned(probe["metadata"]["uid"], "Pod"))
+    return (trouble or Trouble("ProbeFailed", end.get("message", "the probe Job failed"))).of("Reachable")
+
+
+def _capabilities(store: Obj, probe: Obj | None, found: Found, world: World) -> list[str]:
+    report = _report(probe, world) if probe else {}
+    if report:
+        return [word for key, word in _CAPABILITIES.items() if report.get(key)]
+    old: list[str] = store["status"].get("capabilities") or []
+    return old if found.status is not None and _known(store) else []
