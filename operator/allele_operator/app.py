@@ -14,13 +14,14 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Coroutine
+from typing import Any
 
 from kubernetes.aio.client.api_client import ApiClient
 
 import allele
 from allele_operator import logs, server
 from allele_operator.cache import Cache
-from allele_operator.cluster.errors import FenceShut
+from allele_operator.cluster.errors import ApiError, FenceShut
 from allele_operator.cluster.events import EventRecorder
 from allele_operator.cluster.kube import Kube
 from allele_operator.cluster.lease import Lease, LeaseLost, Times
@@ -38,6 +39,7 @@ from allele_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 _FIRST_RESYNC_SECONDS = 30.0
+_WARM_UP_SECONDS = 1.0
 _STOP_SECONDS = 3.0
 MakeTransport = Callable[..., Transport]
 
@@ -103,24 +105,36 @@ class Operator:
     async def _lead(self) -> None:
         self.metrics.leader.set(1)
         renewal = asyncio.create_task(self.lease.keep(), name="lease")
+        work = asyncio.create_task(self._work(), name="work")
+        stopped = asyncio.create_task(self.stop.wait())
         try:
-            await self._warm_up()
-            tasks = [renewal, *self._start()]
+            await _first({renewal, work, stopped})
+            if not self.stop.is_set():
+                raise RuntimeError("the operator's tasks ended without being asked to")
+            log.info("stopping")
+        finally:
+            for task in (stopped, work, renewal):
+                task.cancel()
+            await asyncio.wait({stopped, work, renewal}, timeout=_STOP_SECONDS)
+            await self.lease.release()  # after the last write: it shuts the fence
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                await self._warm_up()
+                break
+            except ApiError as e:  # the server may be starting, or still learning our kinds
+                log.warning("the cluster could not be listed, again in %g s: %s", _WARM_UP_SECONDS, e)
+                await asyncio.sleep(max(_WARM_UP_SECONDS, e.retry_after))
+        tasks = self._start()
+        try:
             await asyncio.sleep(0.1)  # kopf takes the signals when its tasks begin
             self._take_signals()
-            stopped = asyncio.create_task(self.stop.wait())
-            done, _ = await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-            if not self.stop.is_set():
-                raise RuntimeError(f"{', '.join(t.get_name() for t in done)} ended without being asked to")
-            log.info("stopping")
+            await _first(set(tasks))
+        finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=_STOP_SECONDS)
-        finally:
-            renewal.cancel()
-            await self.lease.release()  # after the last write: it shuts the fence
 
     async def _warm_up(self) -> None:
         for kind in PLANNED:
@@ -128,16 +142,15 @@ class Operator:
                 raise NotInstalled(f"the API server does not serve {kind}: install the CRDs (crds.enabled=true)")
         backend = await self._backend()
         self.cache.options = _options(self.settings, backend=backend)
-        kinds = [k for k in (*PLANNED, *CHILDREN) if k != "JobSet" or backend == "JobSet"]
+        self._kinds = [k for k in (*PLANNED, *CHILDREN) if k != "JobSet" or backend == "JobSet"]
         self._watching = Watching(
             kube=self.kube,
             cache=self.cache,
             reconciler=self.reconciler,
             metrics=self.metrics,
-            kinds=kinds,
+            kinds=self._kinds,
             namespaces=self.settings.namespace,
         )
-        self._kinds = kinds
         await self._watching.list_all()
         self.warm = True
         log.info("leading", extra={"backend": backend, "objects": self.cache.count()})
@@ -169,12 +182,10 @@ class Operator:
 
     async def _until_stop(self, work: Coroutine[None, None, None]) -> bool:
         """False when SIGTERM came first."""
-        task = asyncio.create_task(work)
-        stopped = asyncio.create_task(self.stop.wait())
-        await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        task, stopped = asyncio.create_task(work), asyncio.create_task(self.stop.wait())
+        await _first({task, stopped})
         stopped.cancel()
         if task.done():
-            task.result()
             return True
         task.cancel()
         return False
@@ -207,6 +218,13 @@ class Operator:
             "queue_oldest_seconds": self.queue.oldest,
             "reports": len(self.reports),
         }
+
+
+async def _first(tasks: set[asyncio.Task[Any]]) -> None:
+    """Returns when one of them ends; its error is raised."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
 
 
 def _options(settings: Settings, *, backend: str) -> Options:

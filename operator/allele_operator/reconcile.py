@@ -21,7 +21,7 @@ from allele_operator.cache import Cache
 from allele_operator.cluster.errors import ApiError
 from allele_operator.cluster.events import EventRecorder
 from allele_operator.cluster.kube import Kube
-from allele_operator.execute import Executor, WorldChanged
+from allele_operator.execute import Executor, NameTaken, WorldChanged
 from allele_operator.metrics import Metrics
 from allele_operator.planning.model import PLANNED, Obj, Plan, Ref
 from allele_operator.planning.plan import dependents, plan
@@ -119,8 +119,23 @@ class Reconciler:
             log.info("%s: %s", ref, e)
             result = "again"
             self._queue.add(ref)
+        except (NameTaken, ApiError) as e:
+            await self._tell(obj, e)
+            raise
         finally:
             self._metrics.reconciled(ref.kind, result=result, seconds=self._clock() - start)
+
+    async def _tell(self, obj: Obj, error: NameTaken | ApiError) -> None:
+        """What the API server will go on refusing (quota, policy, webhook, a name taken) shows as an event."""
+        if isinstance(error, NameTaken):
+            reason = "NameTaken"
+        elif error.status in (400, 403, 422):
+            reason = "Refused"
+        else:
+            return
+        await self._events.record(
+            obj["kind"], obj, type="Warning", reason=reason, message=str(error), action="Reconcile"
+        )
 
     async def _finish(self, ref: Ref, planned: Obj, decided: Plan) -> str:
         if decided.requeue is not None:
