@@ -1,0 +1,156 @@
+"""An environment in a process of its own: what it raises is a dropped sample, what hangs is killed.
+
+    driver ── Start, Draw, Judge ──► worker (user code)
+           ◄── Drawn, Score, Failed ──
+
+Calls go one at a time, each under the timeout. A worker that passes it, or dies, is replaced; the sample that it was
+busy with is dropped, later ones are scored by the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments.calls import LENGTH, Call, Draw, Drawn, Failed, Judge, Start, Started, dump, load
+from allele_driver.environments.load import EnvironmentLoadError
+from allele_driver.rollouts import Drawn as DrawnSample
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""User code may import large libraries."""
+
+HANGS_PER_MEMBER = 3
+"""Hung samples of a member in one batch after which its others are dropped unscored: each costs the whole timeout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Why a sample has no reward."""
+
+    reason: str
+    """One word for counting: raised, hung, died, skipped."""
+    message: str
+
+
+class EnvironmentFailed(Exception):
+    """Prompts could not be had from user code."""
+
+
+class Scorer:
+    """One environment. Calls are serialised; `start` before, `close` after."""
+
+    def __init__(self, start: Start, *, timeout: float) -> None:
+        self._start = start
+        self._timeout = timeout
+        self._lock = asyncio.Lock()
+        self._process: asyncio.subprocess.Process | None = None
+        self.code_digest = ""
+        """sha256 of the environment's source; known after `start`."""
+
+    async def start(self) -> None:
+        """Raises EnvironmentLoadError when user code does not load or fit."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "allele_driver.environments.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )
+        self._process = process
+        try:
+            answer = await asyncio.wait_for(self._exchange(process, self._start), START_SECONDS)
+        except (TimeoutError, EOFError) as e:
+            await self.close()
+            raise EnvironmentLoadError(
+                f"environment {self._start.path!r}: expected a worker within {START_SECONDS:g} s, found "
+                f"{'none' if isinstance(e, TimeoutError) else f'exit code {process.returncode}'}"
+            ) from e
+        if isinstance(answer, Failed):
+            await self.close()
+            raise EnvironmentLoadError(f"{answer.reason}\n{answer.traceback}")
+        assert isinstance(answer, Started), f"worker: expected Started, found {answer!r:.200}"
+        self.code_digest = answer.code_digest
+
+    async def close(self) -> None:
+        """Kill the worker: it holds nothing worth saving."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+    async def prompts(self, member: MemberView, *, seed: int, n: int, held_out: bool) -> tuple[Prompt, ...]:
+        """Raises EnvironmentFailed with the traceback of user code, or that it hung."""
+        async with self._lock:
+            answer = await self._call(Draw(member, seed, n, held_out))
+        if isinstance(answer, Drawn):
+            return answer.prompts
+        assert isinstance(answer, Failed | Dropped), f"worker: expected Drawn, found {answer!r:.200}"
+        message = f"{answer.reason}\n{answer.traceback}" if isinstance(answer, Failed) else answer.message
+        raise EnvironmentFailed(f"prompts of {member.name}: {message}")
+
+    async def scores(self, items: Sequence[tuple[MemberView, Prompt, DrawnSample]]) -> list[Score | Dropped]:
+        """In the order of `items`."""
+        hangs: dict[str, int] = {}
+        found: list[Score | Dropped] = []
+        async with self._lock:
+            for member, prompt, sample in items:
+                if hangs.get(member.name, 0) >= HANGS_PER_MEMBER:
+                    found.append(Dropped("skipped", f"{HANGS_PER_MEMBER} samples of {member.name} hung before it"))
+                    continue
+                result = await self._score(member, prompt, sample)
+                if isinstance(result, Dropped):
+                    hangs[member.name] = hangs.get(member.name, 0) + (result.reason == "hung")
+                found.append(result)
+        return found
+
+    async def _score(self, member: MemberView, prompt: Prompt, sample: DrawnSample) -> Score | Dropped:
+        answer = await self._call(Judge(member, prompt, sample.ids, sample.finish))
+        if isinstance(answer, Score):
+            return answer
+        if isinstance(answer, Failed):
+            answer = Dropped("raised", f"{answer.reason}\n{answer.traceback}")
+        assert isinstance(answer, Dropped), f"worker: expected a Score, found {answer!r:.200}"
+        where = f"{self._start.path}.score of {member.name}"
+        log.warning("sample dropped: %s %s: %s", where, answer.reason, answer.message, extra={"member": member.name})
+        return answer
+
+    async def _call(self, call: Call) -> Any:
+        """The worker's answer, or Dropped when it hung or died."""
+        if self._process is None:
+            await self.start()
+        process = self._process
+        assert process is not None, "start leaves a process or raises"
+        try:
+            return await asyncio.wait_for(self._exchange(process, call), self._timeout)
+        except TimeoutError:
+            await self.close()
+            return Dropped("hung", f"no answer in {self._timeout:g} s; the worker was killed")
+        except EOFError:
+            await self.close()
+            return Dropped("died", f"the worker ended with exit code {process.returncode}")
+        except BaseException:
+            await self.close()  # cancelled between call and answer: the next answer would be taken for another's
+            raise
+
+    async def _exchange(self, process: asyncio.subprocess.Process, call: Call) -> Any:
+        assert process.stdin is not None and process.stdout is not None, "made with pipes"
+        try:
+            process.stdin.write(dump(call))
+            await process.stdin.drain()
+            head = await process.stdout.readexactly(LENGTH.size)
+            data = await process.stdout.readexactly(LENGTH.unpack(head)[0])
+        except (asyncio.IncompleteReadError, ConnectionError) as e:
+            raise EOFError from e
+        return load(data)

@@ -1,0 +1,154 @@
+"""What a step leaves in the store: provenance by part, and the facts of its commit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+
+import allele
+from allele.protocol.bundle import RunBundle
+from allele.protocol.commands import LossSpec
+from allele.store import BaseRef, DataRange, Fact, Index, Provenance, ShapeRef, Versions
+from allele_driver.loop.resume import optimizer_spec
+from allele_driver.loop.rollout import ActivePart
+from allele_driver.loop.train import Exported, Trained, Turn
+from allele_driver.members import Member
+from allele_driver.rollouts import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What is the same for all commits of one start of the driver."""
+
+    bundle: RunBundle
+    fence: int
+    tokenizer_digest: str
+    versions: Versions
+
+
+def versions(*, torch: str = "", megatron_core: str = "", sglang: str = "") -> Versions:
+    return Versions(allele=allele.__version__, torch=torch, megatron_core=megatron_core, sglang=sglang)
+
+
+def loss_spec(active: ActivePart) -> LossSpec:
+    algorithm = active.spec.algorithm
+    return LossSpec(kind=algorithm.name, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+
+
+def provenance(
+    origin: Origin, active: ActivePart, *, step: int, shape: str, prompts: int, lags: Mapping[int, int]
+) -> Provenance:
+    """Of the revisions that one part of the run made in one step. The cursor is the step: prompts follow from it."""
+    bundle, adapter = origin.bundle, active.part.members[0].adapter
+    return Provenance(
+        namespace=bundle.namespace,
+        population=bundle.population,
+        population_uid=bundle.population_uid,
+        run=bundle.run,
+        run_uid=bundle.run_uid,
+        fence=origin.fence,
+        step=step,
+        base=BaseRef(uri=bundle.base_uri, digest=bundle.population_spec.base.digest),
+        tokenizer_digest=origin.tokenizer_digest,
+        shapes={
+            active.spec.select.group: ShapeRef(
+                digest=shape,
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                scaling=adapter.scaling,
+                targets=adapter.targets,
+                init=adapter.init,
+            )
+        },
+        environment=active.spec.environment.path,
+        reward=f"{active.spec.environment.path}.score",
+        code_digest=active.scorer.code_digest,
+        data=DataRange(cursor=step, prompts=prompts),
+        policy_lag=dict(lags),
+        image=bundle.image,
+        versions=origin.versions,
+        optimizer=optimizer_spec(active.spec.optimizer),
+        loss={
+            **loss_spec(active).model_dump(),
+            "algorithm": active.spec.algorithm.model_dump(),
+            "learning_rate": active.spec.optimizer.learning_rate,
+            "schedule": active.spec.optimizer.schedule,
+            "sampling": active.spec.sampling.model_dump(),
+        },
+        probes=active.probes,
+        time=datetime.now(UTC),
+    )
+
+
+def committed(
+    member: Member,
+    exported: Exported,
+    *,
+    index: Index,
+    parent: int | None,
+    provenance: str,
+    metrics: Mapping[str, float],
+) -> Fact:
+    """The fact that makes a revision exist."""
+    return Fact.committed(
+        member=member.name,
+        revision=index.next_revision(member.name),
+        weights=exported.weights,
+        state=exported.state,
+        group=member.group,
+        parent=parent,
+        probe=exported.probe or None,
+        metrics=metrics,
+        provenance=provenance,
+        shape=exported.shape,
+    )
+
+
+def step_metrics(turn: Turn, trained: Trained, rollouts: Rollouts, *, lag: int) -> dict[str, float]:
+    """Numbers of one member's step that go into its fact."""
+    groups = rollouts.of(turn.member)
+    rewards = [r for g in groups for r in g.kept_rewards()]
+    return {
+        "reward": sum(rewards) / len(rewards),
+        "samples": float(len(rewards)),
+        "trained_samples": float(len(turn.rows)),
+        "dropped_samples": float(sum(rollouts.dropped.get(turn.member, {}).values())),
+        "tokens": float(trained.loss.tokens),
+        "loss": trained.loss.loss,
+        "ratio_mean": trained.loss.ratio_mean,
+        "clip_fraction": trained.loss.clip_fraction,
+        "logprob_gap": trained.loss.logprob_gap,
+        "grad_norm": trained.update.grad_norm,
+        "optimizer_step": float(trained.update.step),
+        "learning_rate": turn.learning_rate,
+        "policy_lag": float(lag),
+    }
+
+
+def lag_of(sampled: int | None, current: int | None, member: str, index: Index) -> int:
+    """Revisions between the one that was sampled and the one that is trained."""
+    lag = 0
+    while current is not None and current != sampled:
+        fact = index.get(member, current)
+        current = fact.parent if fact is not None else None
+        lag += 1
+    return lag
+
+
+def lags(rollouts: Rollouts, current: Mapping[str, int], index: Index) -> dict[str, Counter[int]]:
+    """Member → lag → samples."""
+    found: dict[str, Counter[int]] = {}
+    for g in rollouts.groups:
+        lag = lag_of(g.revision, current.get(g.member), g.member, index)
+        found.setdefault(g.member, Counter())[lag] += len(g.drawn)
+    return found
+
+
+def total(lags: Iterable[Counter[int]]) -> Counter[int]:
+    """Lag → samples of several members."""
+    found: Counter[int] = Counter()
+    for lag in lags:
+        found += lag
+    return found

@@ -1,0 +1,151 @@
+"""Prompts, samples and rewards of some members.
+
+What fails here, fails for one sample or one member: it is counted under its member and reason, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+from allele.api.run import TrainGroup
+from allele.protocol.commands import ProbeSequence
+from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments.scoring import EnvironmentFailed, Scorer
+from allele_driver.loop.stages import Stages
+from allele_driver.members import Member, Part, seed_of
+from allele_driver.metrics import DROPPED, SAMPLES
+from allele_driver.rollouts import Drawn, PromptGroup, Rollouts
+from allele_driver.sampling import Ask, Gateways
+
+log = logging.getLogger(__name__)
+
+PROBES = 4
+"""Sequences on which every revision is compared; each costs one prefill per exposure and replica."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivePart:
+    """A part of the run with its environment running."""
+
+    part: Part
+    scorer: Scorer
+    probes: tuple[ProbeSequence, ...] = ()
+
+    @property
+    def spec(self) -> TrainGroup:
+        return self.part.spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What is wanted of each member."""
+
+    prompts: int
+    samples: int
+    held_out: bool
+    salt: str
+    """With run and member, seeds the prompts: the same salt draws the same prompts."""
+
+
+class Roller:
+    """Makes rollouts of a run."""
+
+    def __init__(self, gateways: Gateways, *, run: str, stop: tuple[int, ...]) -> None:
+        self._gateways = gateways
+        self._run = run
+        self._stop = stop
+
+    async def roll_out(
+        self,
+        active: ActivePart,
+        members: Sequence[Member],
+        *,
+        draw: Draw,
+        revisions: Mapping[str, int],
+        version: int,
+        stages: Stages,
+    ) -> Rollouts:
+        """A member without an entry in `revisions` is sampled from the base."""
+        dropped: dict[str, dict[str, int]] = {}
+        with stages("prompts"):
+            prompts = await self._prompts(active, members, draw, dropped)
+        chosen = [(m, p) for m in members for p in prompts.get(m.name, ())]
+        asks = [Ask(m.name, revisions.get(m.name), p.ids) for m, p in chosen]
+        with stages("generate"):
+            drawn = await self._gateways.generate(
+                asks, n=draw.samples, sampling=active.spec.sampling, stop=self._stop, version=version
+            )
+        with stages("score"):
+            groups = await self._score(active, chosen, drawn, revisions, dropped)
+        return Rollouts(groups, dropped)
+
+    async def probes(self, active: ActivePart) -> tuple[ProbeSequence, ...]:
+        """A few prompts of the environment and what the base answers to each."""
+        member = active.part.members[0]
+        draw = Draw(prompts=PROBES, samples=1, held_out=True, salt="probe")
+        prompts = (await self._prompts(active, [member], draw, {})).get(member.name, ())
+        if not prompts:
+            raise EnvironmentFailed(
+                f"prompts of {member.name}: expected {PROBES} to probe with, found none; see the log"
+            )
+        asks = [Ask(member.name, None, p.ids) for p in prompts]
+        drawn = await self._gateways.generate(asks, n=1, sampling=active.spec.sampling, stop=self._stop, version=None)
+        return tuple(
+            ProbeSequence(prompt=a.prompt, completion=d.ids)
+            for a, (d,) in zip(asks, drawn, strict=True)
+            if isinstance(d, Drawn) and d.ids
+        )
+
+    async def _prompts(
+        self, active: ActivePart, members: Sequence[Member], draw: Draw, dropped: dict[str, dict[str, int]]
+    ) -> dict[str, tuple[Prompt, ...]]:
+        found: dict[str, tuple[Prompt, ...]] = {}
+        for m in members:
+            seed = seed_of(self._run, draw.salt, m.name)
+            try:
+                found[m.name] = await active.scorer.prompts(view(m), seed=seed, n=draw.prompts, held_out=draw.held_out)
+            except EnvironmentFailed as e:
+                log.warning("%s", e, extra={"member": m.name})
+                _drop(dropped, m.name, "prompts", draw.prompts * draw.samples)
+        return found
+
+    async def _score(
+        self,
+        active: ActivePart,
+        chosen: Sequence[tuple[Member, Prompt]],
+        drawn: Sequence[Sequence[Drawn | str]],
+        revisions: Mapping[str, int],
+        dropped: dict[str, dict[str, int]],
+    ) -> tuple[PromptGroup, ...]:
+        samples = [(m, p, d) for (m, p), ds in zip(chosen, drawn, strict=True) for d in ds if isinstance(d, Drawn)]
+        scores = iter(await active.scorer.scores([(view(m), p, d) for m, p, d in samples]))
+        SAMPLES.inc(len(samples))
+        groups = []
+        for (m, p), ds in zip(chosen, drawn, strict=True):
+            kept = tuple(d for d in ds if isinstance(d, Drawn))
+            if len(kept) < len(ds):
+                log.warning("sampling of %s failed: %s", m.name, next(d for d in ds if isinstance(d, str)))
+                _drop(dropped, m.name, "sampling", len(ds) - len(kept))
+            rewards = tuple(_reward(next(scores), m.name, dropped) for _ in kept)
+            groups.append(PromptGroup(m.name, revisions.get(m.name), p, kept, rewards))
+        return tuple(groups)
+
+
+def view(member: Member) -> MemberView:
+    return MemberView(member.name, member.group, member.index, member.parameters)
+
+
+def _reward(score: object, member: str, dropped: dict[str, dict[str, int]]) -> float | None:
+    if isinstance(score, Score) and math.isfinite(score.reward):
+        return score.reward
+    _drop(dropped, member, "not finite" if isinstance(score, Score) else getattr(score, "reason", "raised"), 1)
+    return None
+
+
+def _drop(dropped: dict[str, dict[str, int]], member: str, reason: str, n: int) -> None:
+    DROPPED.labels(reason).inc(n)
+    reasons = dropped.setdefault(member, {})
+    reasons[reason] = reasons.get(reason, 0) + n

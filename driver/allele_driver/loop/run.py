@@ -1,0 +1,394 @@
+"""A run from its start to its end, across restarts of everything around it.
+
+Step 0 gives every new member its first revision; steps 1 to stop.steps train; one more commit exposes what the last
+step made and carries the held-out rewards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+
+from allele.protocol.errors import ProtocolError, SequenceGap, UnknownIncarnation
+from allele.protocol.serving import Target
+from allele.store import Fact
+from allele_driver.failures import Failures
+from allele_driver.loop import record
+from allele_driver.loop.exposer import Exposer
+from allele_driver.loop.ledger import Ledger
+from allele_driver.loop.resume import optimizer_spec, start_point, unexposed
+from allele_driver.loop.rollout import ActivePart, Draw, Roller
+from allele_driver.loop.roster import Roster
+from allele_driver.loop.stages import Stages
+from allele_driver.loop.tally import Phase, Tally
+from allele_driver.loop.train import Trained, Turn, initialise, train
+from allele_driver.members import InvalidInput, Member
+from allele_driver.metrics import RECOVERIES, REWARD, SKIPPED, STEP
+from allele_driver.report import Reporter
+from allele_driver.rollouts import Rollouts
+from allele_driver.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+HELDOUT = "heldout_reward"
+"""Key of the held-out reward in the metrics of facts."""
+
+RECOVERY_LIMIT = 5
+"""Recoveries without a commit between them, after which the driver gives up and is restarted."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Equipment:
+    """What a run works with."""
+
+    trainer: Trainer
+    roller: Roller
+    ledger: Ledger
+    exposer: Exposer
+    origin: record.Origin
+    tally: Tally
+    reporter: Reporter
+    stopping: asyncio.Event
+
+
+class Run:
+    """One run; `run` is called once."""
+
+    def __init__(self, equipment: Equipment, active: tuple[ActivePart, ...]) -> None:
+        self._with = equipment
+        self._bundle = equipment.origin.bundle
+        self._spec = self._bundle.run_spec
+        self._index = equipment.ledger.index
+        self._roster = Roster(active, self._spec)
+        self._current: dict[str, int] = {}
+        """Member → the revision that the trainer's row is."""
+        self._newcomers: list[Member] = []
+        self._abandoned: list[Fact] = []
+        self._ahead: asyncio.Task[Rollouts] | None = None
+        self._failures = Failures()
+        self._recoveries = 0
+        self._reached = False
+        last = equipment.ledger.last_step
+        self._step = -1 if last is None else last
+        equipment.tally.step = max(0, self._step)
+        equipment.tally.epoch = equipment.ledger.fence
+        equipment.tally.members = len(self._roster.members)
+
+    async def run(self) -> bool:
+        """Whether the run came to its end; False: it was told to stop, and can be gone on with."""
+        steps = self._spec.stop.steps
+        if self._step > steps:
+            self._report("Succeeded")
+            return True
+        try:
+            self._report("Starting")
+            await self._restore()
+            self._probe_waiting()
+            while self._step < steps and not self._reached:
+                if self._with.stopping.is_set():
+                    return False
+                await self._advance()
+            await self._finish()
+            return True
+        finally:
+            await self._cancel_ahead()
+            await self._with.exposer.cancel()
+
+    async def _advance(self) -> None:
+        """One step, or a recovery after which the same step is done again from its samples on."""
+        try:
+            await (self._initial() if self._step < 0 else self._train_step(self._step + 1))
+            self._recoveries = 0
+        except ProtocolError as e:
+            # A plain ProtocolError: a command failed half-way, and the trainer has closed the epoch.
+            if type(e) not in (ProtocolError, UnknownIncarnation, SequenceGap):
+                raise
+            await self._recover(e)
+
+    async def _recover(self, error: ProtocolError) -> None:
+        self._recoveries += 1
+        RECOVERIES.labels(type(error).__name__).inc()
+        log.warning("recovering from the last commit: %s: %s", type(error).__name__, error, extra={"step": self._step})
+        if self._recoveries > RECOVERY_LIMIT:
+            raise RunFailed(f"{RECOVERY_LIMIT} recoveries without a commit; the last after {error}") from error
+        await self._cancel_ahead()
+        await asyncio.sleep(0.5 * (self._recoveries - 1))
+        await self._restore()
+
+    async def _restore(self) -> None:
+        """Bring the trainer to the last commit with state."""
+        bundle = self._bundle
+        points = [
+            start_point(m, self._index, run=bundle.run_uid, start_from=self._spec.start_from)
+            for m in self._roster.members
+        ]
+        done = await self._with.trainer.reset(
+            epoch=self._with.ledger.fence,
+            namespace=bundle.namespace,
+            population=bundle.population,
+            members=[p.command(optimizer_spec(self._roster.part(p.member.name).spec.optimizer)) for p in points],
+        )
+        if done.base_digest != bundle.population_spec.base.digest:
+            raise InvalidInput(
+                f"base: expected digest {bundle.population_spec.base.digest} in the trainer, found {done.base_digest}"
+            )
+        self._current = {p.member.name: p.revision for p in points if p.revision is not None}
+        self._newcomers = [p.member for p in points if p.revision is None]
+        self._abandoned = [
+            Fact(kind="Abandoned", member=p.member.name, revision=r, reason="its optimizer state was not saved")
+            for p in points
+            for r in p.abandoned
+        ]
+        counts = {"resumed": len(self._current), "new": len(self._newcomers), "abandoned": len(self._abandoned)}
+        log.info("trainer reset", extra={"step": self._step, "incarnation": done.incarnation, **counts})
+
+    async def _initial(self) -> None:
+        """Step 0: held-out rewards before training, and a first revision for every member without one."""
+        before = await self._evaluate()
+        first = await self._first_revisions(before)
+        facts = [*first, *self._abandoned, *self._restated(before, told={f.member for f in first})]
+        await self._commit(0, facts)
+        log.info("first revisions committed", extra={"step": 0, "members": len(first), HELDOUT: _mean(before)})
+
+    async def _first_revisions(self, heldout: dict[str, float]) -> list[Fact]:
+        facts: list[Fact] = []
+        for i, active in enumerate(self._roster.active):
+            new = self._roster.share(i, self._newcomers)
+            if not new:
+                continue
+            exported = await initialise(
+                self._with.trainer,
+                [m.name for m in new],
+                slots=self._bundle.slots,
+                probes=active.probes,
+                stages=Stages(),
+            )
+            made = record.provenance(
+                self._with.origin, active, step=self._step + 1, shape=exported[new[0].name].shape, prompts=0, lags={}
+            )
+            sha = await self._with.ledger.write(made)
+            for m in new:
+                metrics = {HELDOUT: heldout[m.name]} if m.name in heldout else {}
+                facts.append(
+                    record.committed(
+                        m, exported[m.name], index=self._index, parent=None, provenance=sha, metrics=metrics
+                    )
+                )
+        return facts
+
+    async def _train_step(self, step: int) -> None:
+        stages, began = Stages(), time.monotonic()
+        rollouts = await self._rollouts(step, stages)
+        if self._spec.pace.max_policy_lag > 0 and step < self._spec.stop.steps:
+            self._ahead = asyncio.create_task(self._roll_out(step + 1, Stages()))
+        turns = self._roster.turns(step, rollouts, last=self._ends_after(step, rollouts))
+        trained = await train(
+            self._with.trainer,
+            turns,
+            slots=self._bundle.slots,
+            probes={i: a.probes for i, a in enumerate(self._roster.active)},
+            stages=stages,
+        )
+        made = await self._step_facts(step, turns, trained, rollouts)
+        first = await self._first_revisions({})
+        with stages("expose"):
+            exposed = await self._with.exposer.finish(self._index)
+        with stages("commit"):
+            version = await self._commit(step, [*made, *first, *self._abandoned, *exposed])
+        self._probe([Target(member=f.member, revision=f.revision or 0) for f in made], version=version)
+        self._tell(step, rollouts, trained, stages=stages, seconds=time.monotonic() - began)
+
+    async def _rollouts(self, step: int, stages: Stages) -> Rollouts:
+        ahead, self._ahead = self._ahead, None
+        with stages("rollout"):
+            rollouts = await (ahead or self._roll_out(step, stages))
+        for name in {g.member for g in rollouts.groups} | rollouts.dropped.keys():
+            dropped = rollouts.dropped.get(name, {})
+            self._failures.note(name, dropped=dropped, samples=self._roster.wanted(name))
+        return rollouts
+
+    async def _roll_out(self, step: int, stages: Stages) -> Rollouts:
+        stopped = self._failures.stopped
+        if len(stopped) == len(self._roster.members):
+            raise RunFailed(
+                f"all {len(stopped)} members stopped, the first, {next(iter(stopped))}: {next(iter(stopped.values()))}"
+            )
+
+        def draw(active: ActivePart) -> Draw:
+            algorithm = active.spec.algorithm
+            return Draw(algorithm.prompts_per_step, algorithm.group_size, held_out=False, salt=str(step))
+
+        return await self._roster.roll_out(
+            self._with.roller,
+            self._roster.cohort(step, ready=self._current.keys() - stopped.keys()),
+            draw=draw,
+            revisions=dict(self._current),
+            version=self._index.version,
+            stages=stages,
+        )
+
+    def _ends_after(self, step: int, rollouts: Rollouts) -> bool:
+        """Whether this is the last step for now; also notes that the wanted reward was reached."""
+        rewards, wanted = rollouts.mean_rewards(), self._spec.stop.reward
+        self._reached = wanted is not None and bool(rewards) and (_mean(rewards) or 0.0) >= wanted
+        return self._reached or step == self._spec.stop.steps or self._with.stopping.is_set()
+
+    async def _step_facts(
+        self, step: int, turns: list[Turn], trained: dict[str, Trained], rollouts: Rollouts
+    ) -> list[Fact]:
+        """Committed facts of members whose rows changed, and the provenance that they name."""
+        members = {m.name: m for m in self._roster.members}
+        lags = record.lags(rollouts, self._current, self._index)
+        self._with.tally.policy_lag = max((lag for found in lags.values() for lag in found), default=0)
+        facts: list[Fact] = []
+        for i, active in enumerate(self._roster.active):
+            some = [t for t in turns if t.part == i and trained[t.member].exported is not None]
+            made = {t.member: e for t in some if (e := trained[t.member].exported) is not None}
+            if not made:
+                continue
+            origin = record.provenance(
+                self._with.origin,
+                active,
+                step=step,
+                shape=next(iter(made.values())).shape,
+                prompts=sum(len(rollouts.of(t.member)) for t in some),
+                lags=record.total(lags[t.member] for t in some),
+            )
+            sha = await self._with.ledger.write(origin)
+            for t in some:
+                metrics = record.step_metrics(t, trained[t.member], rollouts, lag=max(lags[t.member]))
+                facts.append(
+                    record.committed(
+                        members[t.member],
+                        made[t.member],
+                        index=self._index,
+                        parent=self._current[t.member],
+                        provenance=sha,
+                        metrics=metrics,
+                    )
+                )
+        return facts
+
+    async def _commit(self, step: int, facts: list[Fact]) -> int:
+        version = await self._with.ledger.commit(step, facts)
+        self._current |= {f.member: f.revision for f in facts if f.kind == "Committed" and f.revision is not None}
+        self._newcomers, self._abandoned = [], []
+        self._step = step
+        self._with.tally.step = step
+        run = self._bundle.run_uid
+        self._with.tally.count(dataclasses.replace(f, run=run, step=step) for f in facts)
+        STEP.set(step)
+        return version
+
+    def _probe_waiting(self) -> None:
+        """Probe what an earlier driver committed and did not live to expose."""
+        waiting = [(m, r) for m, r in self._current.items() if unexposed(m, r, self._index)]
+        self._probe([Target(member=m, revision=r) for m, r in waiting], version=self._index.version)
+
+    def _probe(self, targets: list[Target], *, version: int) -> None:
+        self._with.exposer.begin(targets, version=version, stages=Stages())
+
+    async def _finish(self) -> None:
+        """Held-out rewards after training, and the exposures of the last step, in a commit of their own."""
+        self._report("Finishing")
+        exposed = await self._with.exposer.finish(self._index)
+        after = await self._evaluate()
+        told = [
+            dataclasses.replace(f, metrics={HELDOUT: after[f.member]} if f.member in after else {}) for f in exposed
+        ]
+        facts = [*told, *self._restated(after, told={f.member for f in told})]
+        await self._commit(self._spec.stop.steps + 1, facts)
+        before = self._before()
+        summary = {
+            "before": _mean(before),
+            "after": _mean(after),
+            "worst": min(after.values(), default=None),
+            "best": max(after.values(), default=None),
+            "members": {m: round(after[m], 4) for m in list(after)[:64]},
+        }
+        log.info("summary", extra={HELDOUT: summary, "progress": self._with.tally.progress().model_dump(mode="json")})
+        said = "" if not before or not after else f"held-out reward {_mean(before):.3f} → {_mean(after):.3f}"
+        self._report("Succeeded", said)
+
+    async def _evaluate(self) -> dict[str, float]:
+        """Mean reward of each member on held-out prompts, one sample each at the run's temperature."""
+        wanted = self._spec.evaluation.prompts
+        if wanted == 0:
+            return {}
+        rollouts = await self._roster.roll_out(
+            self._with.roller,
+            [m for m in self._roster.members if m.name not in self._failures.stopped],
+            draw=lambda _: Draw(prompts=wanted, samples=1, held_out=True, salt="held-out"),
+            revisions=dict(self._current),
+            version=self._index.version,
+            stages=Stages(),
+        )
+        return rollouts.mean_rewards()
+
+    def _before(self) -> dict[str, float]:
+        """Held-out rewards of step 0, which an earlier driver of the run may have found."""
+        run = self._bundle.run_uid
+        first = (self._index.get(m.name, 1) for m in self._roster.members)
+        return {f.member: f.metrics[HELDOUT] for f in first if f is not None and f.run == run and HELDOUT in f.metrics}
+
+    def _restated(self, heldout: dict[str, float], *, told: set[str]) -> list[Fact]:
+        """Exposed facts said again with held-out rewards, for members whose served revision is the evaluated one."""
+        facts = []
+        for member, reward in heldout.items():
+            served = self._index.exposed(member)
+            if member in told or served is None or served.revision != self._current.get(member):
+                continue
+            if self._index.hold(member) is None:
+                facts.append(Fact(kind="Exposed", member=member, revision=served.revision, metrics={HELDOUT: reward}))
+        return facts
+
+    def _tell(
+        self, step: int, rollouts: Rollouts, trained: dict[str, Trained], *, stages: Stages, seconds: float
+    ) -> None:
+        tally = self._with.tally
+        skipped = sum(t.update.skipped for t in trained.values())
+        SKIPPED.inc(skipped)
+        tally.skipped += skipped
+        tally.dropped += sum(n for reasons in rollouts.dropped.values() for n in reasons.values())
+        tally.rewards = rollouts.mean_rewards()
+        tally.failed = dict(self._failures.stopped)
+        tally.stages = stages.finish()
+        tally.max_gap = self._with.exposer.max_gap
+        tally.durations.append(seconds)
+        REWARD.set(tally.mean_reward or 0.0)
+        self._report("Training")
+        log.info(
+            "step",
+            extra={
+                "step": step,
+                "reward": tally.mean_reward,
+                "trained": len(trained),
+                "seconds": round(seconds, 3),
+                "stages": tally.stages,
+                "logprob_gap": max((t.loss.logprob_gap for t in trained.values()), default=None),
+                "dropped": rollouts.dropped or None,
+                "committed": tally.committed,
+                "exposed": tally.exposed,
+            },
+        )
+
+    def _report(self, phase: Phase, message: str = "") -> None:
+        self._with.tally.phase = phase
+        self._with.tally.message = message
+        self._with.reporter.report(self._with.tally.progress())
+
+    async def _cancel_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+
+def _mean(values: dict[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None

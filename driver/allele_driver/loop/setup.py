@@ -1,0 +1,91 @@
+"""From a bundle to a run that can begin: inputs are checked here, before any sample is drawn.
+
+What the user can have got wrong (groups, manifests, environment, base, ownership) is refused with InvalidInput.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from allele.format import AdapterShape, ShapeMismatch
+from allele.protocol.bundle import RunBundle
+from allele.store import ObjectNotFound, Objects, OwnershipError, PopulationRecord, PopulationStore
+from allele_driver.environments.calls import Start
+from allele_driver.environments.load import EnvironmentLoadError
+from allele_driver.environments.scoring import Scorer
+from allele_driver.loop.rollout import ActivePart
+from allele_driver.members import InvalidInput, Part, members_of
+from allele_driver.tokenizer import HfTokenizer, stop_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What the driver needs of the base model."""
+
+    tokenizer: HfTokenizer
+    config: dict[str, object]
+
+
+def read_base(uri: str) -> Base:
+    """From the base's folder. Raises InvalidInput when a file is missing."""
+    folder = Objects.open(uri)
+    try:
+        config = folder.get("config.json")
+        tokenizer = folder.get("tokenizer.json").decode()
+    except ObjectNotFound as e:
+        raise InvalidInput(f"base {uri}: expected config.json and tokenizer.json: {e}") from e
+    try:
+        generation: bytes | None = folder.get("generation_config.json")
+    except ObjectNotFound:
+        generation = None
+    return Base(HfTokenizer(tokenizer, stop_tokens(generation, config)), json.loads(config))
+
+
+def claim(store: PopulationStore, bundle: RunBundle, base: Base) -> None:
+    """Make the population's folder this population's. Raises InvalidInput when it is another's."""
+    shapes = {}
+    for group in bundle.population_spec.groups:
+        try:
+            shape = AdapterShape.from_model(base.config, rank=group.adapter.rank, targets=group.adapter.targets)
+        except ShapeMismatch as e:
+            raise InvalidInput(f"groups.{group.name}.adapter: {e}") from e
+        shapes[group.name] = shape.digest
+    spec = bundle.population_spec
+    record = PopulationRecord(uid=bundle.population_uid, base_digest=spec.base.digest, shapes=shapes, adopt=spec.adopt)
+    try:
+        store.claim(record)
+    except OwnershipError as e:
+        raise InvalidInput(str(e)) from e
+
+
+async def start_parts(parts: Sequence[Part], tokenizer: HfTokenizer) -> tuple[ActivePart, ...]:
+    """Start the environment of each part. Raises InvalidInput when one does not load."""
+    active = []
+    for part in parts:
+        environment = part.spec.environment
+        start = Start(environment.path, environment.parameters, tokenizer.content, tokenizer.stop_token_ids)
+        active.append(ActivePart(part, Scorer(start, timeout=environment.timeout_seconds)))
+    try:
+        await asyncio.gather(*(a.scorer.start() for a in active))
+    except EnvironmentLoadError as e:
+        await asyncio.gather(*(a.scorer.close() for a in active))
+        raise InvalidInput(str(e)) from e
+    return tuple(active)
+
+
+def read_bundle(run_dir: Path) -> RunBundle:
+    """`run.json`. Raises InvalidInput naming the first wrong field."""
+    source = run_dir / "run.json"
+    try:
+        bundle = RunBundle.model_validate_json(source.read_bytes())
+    except OSError as e:
+        raise InvalidInput(f"{source}: expected the run's bundle: {e.strerror}") from e
+    except ValueError as e:
+        raise InvalidInput(f"{source}: {e}") from e
+    for group in bundle.population_spec.groups:
+        members_of(group, run_dir / "manifests")
+    return bundle

@@ -1,0 +1,134 @@
+"""One optimizer step of some members: waves over the trainer's slots, and their bytes in the store.
+
+After `train` the revisions lie in segments but do not exist yet: the commit makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from allele.protocol.commands import (
+    ByteRange,
+    ExportDone,
+    LossSpec,
+    MemberLoss,
+    MemberUpdate,
+    ProbeSequence,
+)
+from allele_driver.cohorts import waves
+from allele_driver.loop.stages import Stages
+from allele_driver.rollouts import TrainRow
+from allele_driver.trainer import Trainer
+
+K = TypeVar("K")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What one member trains on in this step."""
+
+    member: str
+    part: int
+    loss: LossSpec
+    rows: tuple[TrainRow, ...]
+    learning_rate: float
+    saves_state: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """Bytes of one member in the store."""
+
+    weights: ByteRange
+    shape: str
+    probe: tuple[float, ...]
+    state: ByteRange | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """`exported` is None when the gradient was not finite: the member is unchanged."""
+
+    loss: MemberLoss
+    update: MemberUpdate
+    exported: Exported | None
+
+
+async def train(
+    trainer: Trainer,
+    turns: Sequence[Turn],
+    *,
+    slots: int,
+    probes: Mapping[int, Sequence[ProbeSequence]],
+    stages: Stages,
+) -> dict[str, Trained]:
+    """`probes` by part. Raises UnknownIncarnation when the trainer restarted: nothing of it counts then."""
+    trained: dict[str, Trained] = {}
+    for wave in waves(turns, slots=slots):
+        with stages("train"):
+            await trainer.admit([t.member for t in wave])
+            losses: dict[str, MemberLoss] = {}
+            for loss, some in _by(wave, [t.loss for t in wave]).items():
+                done = await trainer.forward_backward(loss, [r for t in some for r in t.rows])
+                losses |= done.members
+            updates = (await trainer.optim_step({t.member: t.learning_rate for t in wave})).members
+        changed = [t for t in wave if not updates[t.member].skipped]
+        exported = await export(
+            trainer,
+            {part: [t.member for t in some] for part, some in _by(changed, [t.part for t in changed]).items()},
+            probes=probes,
+            saves=[t.member for t in changed if t.saves_state],
+            stages=stages,
+        )
+        for t in wave:
+            trained[t.member] = Trained(losses[t.member], updates[t.member], exported.get(t.member))
+    return trained
+
+
+async def initialise(
+    trainer: Trainer, members: Sequence[str], *, slots: int, probes: Sequence[ProbeSequence], stages: Stages
+) -> dict[str, Exported]:
+    """Write members of one part as they begin, with their state."""
+    found: dict[str, Exported] = {}
+    for wave in waves(members, slots=slots):
+        await trainer.admit(wave)
+        found |= await export(trainer, {0: wave}, probes={0: probes}, saves=wave, stages=stages)
+    return found
+
+
+async def export(
+    trainer: Trainer,
+    members: Mapping[int, Sequence[str]],
+    *,
+    probes: Mapping[int, Sequence[ProbeSequence]],
+    saves: Sequence[str],
+    stages: Stages,
+) -> dict[str, Exported]:
+    """Write members, by part, and the optimizer states of `saves` to the store."""
+    found: dict[str, ExportDone] = {}
+    with stages("export"):
+        for part, some in members.items():
+            done = await trainer.export(some, probes.get(part, ()))
+            found |= dict.fromkeys(some, done)
+    states: dict[str, ByteRange] = {}
+    if saves:
+        with stages("save"):
+            states = (await trainer.save_state(saves)).states
+    return {
+        m: Exported(
+            weights=done.weights[m],
+            shape=done.shape_digests[m],
+            probe=tuple(done.probe_logprobs.get(m, ())),
+            state=states.get(m),
+        )
+        for m, done in found.items()
+    }
+
+
+def _by(turns: Sequence[Turn], keys: Sequence[K]) -> dict[K, list[Turn]]:
+    found: dict[K, list[Turn]] = {}
+    for turn, key in zip(turns, keys, strict=True):
+        found.setdefault(key, []).append(turn)
+    return found

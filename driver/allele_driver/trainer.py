@@ -1,0 +1,101 @@
+"""Client of the trainer: one run's commands, numbered.
+
+A command whose answer was lost is sent again under its number; the trainer executes it once. What a retry cannot heal,
+a restarted trainer or a newer driver, comes out as UnknownIncarnation or StaleEpoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import aiohttp
+
+from allele.protocol.commands import (
+    Admit,
+    Admitted,
+    Export,
+    ExportDone,
+    ForwardBackward,
+    ForwardBackwardDone,
+    Header,
+    LossSpec,
+    MemberStart,
+    OptimStep,
+    OptimStepDone,
+    ProbeSequence,
+    Reset,
+    ResetDone,
+    SaveState,
+    SaveStateDone,
+    TrainerInfo,
+    Wire,
+)
+from allele.protocol.samples import MEDIA_TYPE, TRAIN, encode
+from allele_driver import wire
+from allele_driver.patience import Patience
+from allele_driver.rollouts import TrainRow
+
+Done = TypeVar("Done", bound=Wire)
+
+
+class Trainer:
+    """One at a time: commands of a run are a sequence."""
+
+    def __init__(self, url: str, *, session: aiohttp.ClientSession, run: str, patience: Patience) -> None:
+        self._url = url.rstrip("/")
+        self._session = session
+        self._run = run
+        self._patience = patience
+        self._epoch = 0
+        self._seq = 0
+        self.incarnation = ""
+        """Of the trainer that knows our rows; empty before the first reset."""
+
+    async def info(self) -> TrainerInfo:
+        data = await self._patience.until("trainer", lambda: wire.get(self._session, f"{self._url}/v1/info"))
+        return TrainerInfo.model_validate_json(data)
+
+    async def reset(self, *, epoch: int, namespace: str, population: str, members: Sequence[MemberStart]) -> ResetDone:
+        """Forget all rows of the run; they come back from the store as `members` say."""
+        body = Reset(run=self._run, epoch=epoch, namespace=namespace, population=population, members=tuple(members))
+        done = await self._send("reset", body.model_dump_json().encode(), ResetDone)
+        self._epoch, self._seq, self.incarnation = epoch, 0, done.incarnation
+        return done
+
+    async def admit(self, members: Sequence[str]) -> Admitted:
+        return await self._command("admit", Admit(header=self._next(), members=tuple(members)), Admitted)
+
+    async def forward_backward(self, loss: LossSpec, rows: Sequence[TrainRow]) -> ForwardBackwardDone:
+        columns: dict[str, list[object]] = {
+            "member": [r.member for r in rows],
+            "prompt": [r.prompt for r in rows],
+            "completion": [r.completion for r in rows],
+            "logprobs": [r.logprobs for r in rows],
+            "advantage": [r.advantage for r in rows],
+        }
+        data = encode(ForwardBackward(header=self._next(), loss=loss), TRAIN, columns)
+        return await self._send("forward_backward", data, ForwardBackwardDone, media=MEDIA_TYPE)
+
+    async def optim_step(self, learning_rates: dict[str, float]) -> OptimStepDone:
+        body = OptimStep(header=self._next(), learning_rates=learning_rates)
+        return await self._command("optim_step", body, OptimStepDone)
+
+    async def export(self, members: Sequence[str], probes: Sequence[ProbeSequence]) -> ExportDone:
+        body = Export(header=self._next(), members=tuple(members), probes=tuple(probes))
+        return await self._command("export", body, ExportDone)
+
+    async def save_state(self, members: Sequence[str]) -> SaveStateDone:
+        return await self._command("save_state", SaveState(header=self._next(), members=tuple(members)), SaveStateDone)
+
+    def _next(self) -> Header:
+        self._seq += 1
+        return Header(run=self._run, epoch=self._epoch, incarnation=self.incarnation, seq=self._seq)
+
+    async def _command(self, name: str, body: Wire, done: type[Done]) -> Done:
+        return await self._send(name, body.model_dump_json().encode(), done)
+
+    async def _send(self, name: str, data: bytes, done: type[Done], *, media: str = wire.JSON) -> Done:
+        url = f"{self._url}/v1/{name}"
+        reply = await self._patience.until("trainer", lambda: wire.post(self._session, url, data, media=media))
+        return done.model_validate_json(reply)
