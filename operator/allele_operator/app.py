@@ -29,6 +29,7 @@ from allele_operator.cluster.transport import Transport, connect
 from allele_operator.handlers import shell
 from allele_operator.metrics import Metrics
 from allele_operator.planning.model import CHILDREN, PLANNED, Options, Ref
+from allele_operator.planning.render.driver import AUDIENCE
 from allele_operator.progress.caller import Reviewer
 from allele_operator.progress.endpoint import ProgressEndpoint
 from allele_operator.progress.reports import Reports
@@ -83,7 +84,7 @@ class Operator:
         runner, port = await server.serve(
             self.settings.listen,
             progress=ProgressEndpoint(
-                reviewer=Reviewer(self.kube, audience=self.settings.audience),
+                reviewer=Reviewer(self.kube, audience=AUDIENCE),
                 reports=self.reports,
                 world=self.cache,
                 reported=self.reconciler.reported,

@@ -81,7 +81,6 @@ class Settings(BaseModel):
     stuck_after: float = Field(
         120, description="Seconds that one object may wait for, or occupy, a worker before /healthz fails.", ge=5
     )
-    audience: str = Field("allele-operator", description="Audience of the tokens that reports must carry.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
 
     @model_validator(mode="after")

@@ -10,7 +10,9 @@ from typing import Any
 
 from allele_operator.planning.model import Obj
 
-MOVING = frozenset({"progress", "reward", "policyLag", "members", "committed", "exposed", "revisions", "slots"})
+MOVING = frozenset(
+    {"progress", "reward", "policyLag", "members", "trained", "failed", "committed", "exposed", "revisions", "slots"}
+)
 """Fields of a status that follow the reports of drivers."""
 
 
@@ -28,11 +30,14 @@ def merge_patch(old: Obj, new: Obj) -> Obj:
 
 
 def urgent(old: Obj, new: Obj) -> bool:
-    """Whether the change is more than numbers that moved on and sentences that quote them."""
+    """Whether the change is more than numbers that moved on, and sentences about what is well."""
     return _still(old) != _still(new) or any(key in new and key not in old for key in MOVING)
 
 
 def _still(status: Obj) -> dict[str, Any]:
+    """Without what moves with each step: "step 3 of 40" is a sentence of a true condition."""
     kept = {k: v for k, v in status.items() if k not in MOVING}
-    kept["conditions"] = [{k: v for k, v in c.items() if k != "message"} for c in status.get("conditions") or ()]
+    kept["conditions"] = [
+        {k: v for k, v in c.items() if k != "message" or c["status"] != "True"} for c in status.get("conditions") or ()
+    ]
     return kept

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from allele_operator.settings import Settings
 from pydantic import ValidationError
+
+from allele_operator.settings import Settings
 
 
 def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default() -> None:

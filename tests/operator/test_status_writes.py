@@ -6,9 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-from allele_operator.status import merge_patch, urgent
 from hypothesis import given
 from hypothesis import strategies as st
+
+from allele_operator.status import merge_patch, urgent
 
 values = st.recursive(
     st.integers(0, 3) | st.sampled_from(["a", "b"]) | st.lists(st.integers(0, 2), max_size=2),
@@ -60,6 +61,7 @@ LATER = {
 NOW = {
     "the phase": changed(phase="Succeeded"),
     "a reason": changed(conditions=[CONDITION | {"reason": "Stalled"}]),
+    "why it waits": changed(conditions=[CONDITION | {"status": "False", "message": "no quota"}]),
     "a condition": changed(conditions=[]),
     "a name": changed(job="run-12345678"),
     "the first reward": changed(reward={"mean": "0.5"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from allele.protocol.errors import StaleEpoch
 from allele.protocol.progress import Progress
 from allele_operator.cache import Cache

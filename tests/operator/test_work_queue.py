@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+
 from allele_operator.cluster.errors import ApiError, FenceShut
 from allele_operator.workqueue import WorkQueue
 
@@ -30,7 +32,7 @@ async def workers(q: WorkQueue[str], handle: Handle, count: int = 4) -> AsyncIte
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  the queue is watched from outside
             await asyncio.sleep(0.001)
 
 
@@ -83,10 +85,10 @@ async def test_failures_back_off_exponentially_and_success_forgets_them() -> Non
     async with workers(q, handle):
         q.add("a")
         await until(lambda: len(times) == 4)
-        assert q.failures("a") == 4 or q.failures("a") == 3
+        assert q.failures("a") >= 3
         failing = False
         await until(lambda: not q.failing)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     assert gaps[0] >= 0.019 and gaps[1] >= 0.039 and gaps[2] >= 0.079
 
 

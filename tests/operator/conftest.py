@@ -1,0 +1,68 @@
+"""Fixtures of the operator's tests on a real cluster."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from operator_harness import RESTRICTED, Cluster, OperatorProcess, Team
+
+StartOperator = Callable[..., OperatorProcess]
+
+
+@pytest.fixture(scope="session")
+def cluster(kubeconfig: Path) -> Cluster:
+    return Cluster.of(kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def s3(cluster: Cluster) -> Any:
+    e = cluster.environ
+    return boto3.client(
+        "s3",
+        endpoint_url=cluster.s3,
+        region_name="us-east-1",
+        aws_access_key_id=e["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=e["AWS_SECRET_ACCESS_KEY"],
+        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+
+
+@pytest.fixture
+def team(cluster: Cluster) -> Iterator[Team]:
+    """A fresh namespace that enforces PSA restricted; the bucket of its store does not exist."""
+    name = f"op-{uuid.uuid4().hex[:8]}"
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
+    yield Team(cluster, name, bucket=name)
+    cluster.run("delete", "namespace", name, "--wait=false")
+    cluster.run("delete", "pv", f"{name}-standins", "--ignore-not-found", "--wait=false")
+
+
+@pytest.fixture
+def ready_team(team: Team, s3: Any) -> Team:
+    """With store, runtime, secret, bucket and stand-ins, so that pools come up."""
+    s3.create_bucket(Bucket=team.bucket)
+    team.apply(*team.standins(), team.secret(), team.store(), team.runtime())
+    return team
+
+
+@pytest.fixture
+def operators(tmp_path: Path) -> Iterator[StartOperator]:
+    """Starts operators; all are killed at the end."""
+    count, started = itertools.count(), []
+
+    def start(team: Team, **options: Any) -> OperatorProcess:
+        process = OperatorProcess(team, tmp_path / f"operator-{next(count)}.log", **options).start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if not process.dead:
+            process.kill()

@@ -1,0 +1,3 @@
+from standin_server import serve
+
+serve("--port")

@@ -1,0 +1,21 @@
+"""Answers every GET with 200, as a role that is ready."""
+
+from __future__ import annotations
+
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class _Ready(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def serve(flag: str) -> None:
+    """`flag` names the argument with host:port."""
+    port = sys.argv[sys.argv.index(flag) + 1].rpartition(":")[2]
+    ThreadingHTTPServer(("0.0.0.0", int(port)), _Ready).serve_forever()

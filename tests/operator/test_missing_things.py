@@ -1,0 +1,69 @@
+"""What is missing is named in a condition, and a run proceeds by itself as each thing appears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conftest import StartOperator
+from operator_harness import Team, names, until
+
+
+def test_a_run_names_what_it_lacks_and_proceeds_when_it_comes(team: Team, s3: Any, operators: StartOperator) -> None:
+    operator = operators(team).wait_until_leading()
+
+    team.apply(team.rl_run(steps=5))
+    team.until("rlrun", "run", "Admitted", status="False", reason="PopulationMissing", words='"population" not found')
+    team.apply(team.population())
+    team.until("rlrun", "run", "Admitted", status="False", reason="PoolMissing", words='"pool" not found')
+    team.until("apop", "population", "Ready", status="False", reason="StoreMissing", words='"store" not found')
+
+    team.apply(team.pool())
+    team.until("bp", "pool", "Ready", status="False", reason="RuntimeMissing", words='"runtime" not found')
+    team.apply(*team.standins(), team.runtime())
+    team.until("bp", "pool", "Ready", status="False", reason="StoreMissing", words='"store" not found')
+
+    team.apply(team.store())
+    team.until("ast", "store", "Reachable", status="False", reason="SecretMissing", words='"s3" not found')
+    assert not team.items("jobset"), "no pods for a store that nobody reached"
+    team.apply(team.secret())
+    team.until("ast", "store", "Reachable", status="False", reason="BucketMissing", words=team.bucket, seconds=120)
+    team.until("bp", "pool", "Ready", status="False", reason="StoreUnreachable", words="BucketMissing")
+
+    s3.create_bucket(Bucket=team.bucket)
+    team.until("ast", "store", "Reachable", status="True", seconds=120)
+    assert set(team.get("ast", "store")["status"]["capabilities"]) >= {"CreateOnly", "IfMatch", "RangedRead"}
+    team.until("bp", "pool", "Ready", status="True", seconds=120)
+    assert sorted(names(team.items("service"))) == ["pool", "pool-rollout", "pool-trainer"]
+    team.until("rlrun", "run", "Succeeded", status="True", seconds=120)
+    run = team.get("rlrun", "run")
+    assert run["status"]["progress"] == {"step": 5, "steps": 5, "percentage": 100}
+    until("the members are given back", lambda: not team.get("rlrun", "run")["metadata"].get("finalizers"))
+    assert team.get("apop", "population")["status"]["members"]["trained"] == 4
+    assert not operator.dead
+
+
+def test_a_child_that_somebody_deletes_is_made_again(ready_team: Team, operators: StartOperator) -> None:
+    team = ready_team
+    operators(team).wait_until_leading()
+    team.apply(team.pool())
+    team.until("bp", "pool", "Ready", status="True", seconds=120)
+    for kind in ("service", "jobset"):
+        name, uid = next((o["metadata"]["name"], o["metadata"]["uid"]) for o in team.items(kind))
+        team.cluster.run("-n", team.namespace, "delete", kind, name, "--wait=false")
+        until(f"another {kind}", lambda k=kind, u=uid: any(o["metadata"]["uid"] != u for o in team.items(k)))
+    team.until("bp", "pool", "Ready", status="True", seconds=120)
+
+
+def test_deleting_leaves_nothing(ready_team: Team, operators: StartOperator) -> None:
+    team = ready_team
+    operators(team).wait_until_leading()
+    team.apply(team.pool(), team.population(), team.rl_run(steps=10_000))
+    team.until("rlrun", "run", "Running", status="True", seconds=120)
+    team.cluster.run("-n", team.namespace, "delete", "rlrun/run", "bp/pool", "ast/store", "--wait=false")
+
+    def left() -> list[str]:
+        kinds = ("rlrun", "bp", "ast", "jobset", "job", "pod", "service", "configmap")
+        found = (f"{k}/{n}" for k in kinds for n in names(team.items(k)))
+        return [x for x in found if x != "configmap/kube-root-ca.crt"]
+
+    until("nothing is left", lambda: not left(), seconds=120, detail=left)
