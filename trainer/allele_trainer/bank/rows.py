@@ -78,6 +78,10 @@ class Bank:
         """`[P]`, a view."""
         return self._gradient[slot, : self.shape.numel]
 
+    def spoil(self, slot: int) -> None:
+        """Make the gradient not finite, so that the slot's next step is skipped."""
+        self._gradient[slot, 0] = torch.nan
+
     def store(self, slot: int, row: Row, *, scale: float) -> None:
         """Host → slot."""
         size = self.shape.numel

@@ -3,6 +3,9 @@
 Autograd on stacked weights would build a full-size zero gradient per adapter. Here weights are buffers, the backward
 gives a gradient for the input only, and each active row's gradient is one addition to a view of G. Sums over
 micro-batches, and later over data-parallel ranks, are therefore plain SUMs.
+
+torch's grouped kernel wants rows of a multiple of 16 bytes, and bfloat16 on CUDA. What it refuses (ranks 1 and 2, whose
+layout in a row is fixed by the adapter's format) is computed slot by slot; which of the two never depends on the batch.
 """
 
 from __future__ import annotations
@@ -21,10 +24,18 @@ def grouped_linear(x: Tensor, weight: Tensor, *, grad: Tensor, plan: Plan) -> Te
 
     `weight` and `grad` are views `[rows, out, in]` of the bank; the weight's gradient is added to `grad`.
     """
-    return _GroupedLinear.apply(x, weight, grad, plan)
+    kernel = _Grouped if _fits(weight) else _SlotBySlot
+    return kernel.apply(x, weight, grad, plan)
 
 
-class _GroupedLinear(torch.autograd.Function):
+def _fits(weight: Tensor) -> bool:
+    """Whether torch's grouped kernel takes these views and every activation that meets them."""
+    unit = 16 // weight.element_size()
+    sizes = (*weight.shape[1:], weight.stride(0), weight.storage_offset())
+    return all(n % unit == 0 for n in sizes) and not (weight.is_cuda and weight.dtype != torch.bfloat16)
+
+
+class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, plan: Plan) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -38,7 +49,11 @@ class _GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         plan: Plan = ctx.plan
         gy = grads[0].contiguous()  # grouped_mm refuses expanded gradients such as those of a sum
-        _accumulate(ctx.grad, F.grouped_mm(gy.t(), x, offs=plan.active_offsets), plan=plan)
+        update = F.grouped_mm(gy.t(), x, offs=plan.active_offsets)
+        if plan.dense:
+            ctx.grad[plan.first : plan.last].add_(update)
+        else:
+            ctx.grad.index_add_(0, plan.active, update)
         gx = None
         if ctx.needs_input_grad[0]:
             gx = F.grouped_mm(gy, weight[plan.first : plan.last], offs=plan.offsets)
@@ -46,8 +61,22 @@ class _GroupedLinear(torch.autograd.Function):
         return gx, None, None, None
 
 
-def _accumulate(grad: Tensor, update: Tensor, *, plan: Plan) -> None:
-    if plan.dense:
-        grad[plan.first : plan.last].add_(update)
-    else:
-        grad.index_add_(0, plan.active, update)
+class _SlotBySlot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, plan: Plan) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.grad, ctx.plan = grad, plan
+        y = x.new_zeros(x.shape[0], weight.shape[1])
+        for slot, begin, end in plan.spans:
+            torch.mm(x[begin:end], weight[slot].t(), out=y[begin:end])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight = ctx.saved_tensors
+        gy = grads[0].contiguous()
+        gx = torch.zeros_like(x)
+        for slot, begin, end in ctx.plan.spans:
+            ctx.grad[slot].addmm_(gy[begin:end].t(), x[begin:end])
+            torch.mm(gy[begin:end], weight[slot], out=gx[begin:end])
+        return gx, None, None, None

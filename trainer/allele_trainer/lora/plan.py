@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,12 +23,14 @@ from allele_trainer.bank.rows import Bank
 class Plan:
     """Tokens are ordered by slot; those after `tokens` are padding and have no adapter.
 
-    `offsets`: end of each group of slots `first..last-1`, empty ones included, for reads that take a slice of the bank;
-    `active_offsets`: end of each group of `active`, for gradients, which touch no other row.
+    `spans`: (slot, first token, end) of each active slot. `offsets`: end of each group of slots `first..last-1`, empty
+    ones included, for reads that take a slice of the bank; `active_offsets`: end of each group of `active`, for
+    gradients, which touch no other row.
     """
 
     bank: Bank
     tokens: int
+    spans: tuple[tuple[int, int, int], ...]
     first: int
     last: int
     offsets: Tensor
@@ -56,9 +59,11 @@ def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int) -> Plan:
     per_token = torch.repeat_interleave(torch.arange(first, last), tokens).to(bank.device)
     scale = torch.zeros(padded, 1, device=bank.device)
     scale[: per_token.numel(), 0] = bank.scale[per_token]
+    stops = list(itertools.accumulate(n for _, n in counts))
     return Plan(
         bank=bank,
         tokens=per_token.numel(),
+        spans=tuple((slot, stop - n, stop) for (slot, n), stop in zip(counts, stops, strict=True)),
         first=first,
         last=last,
         offsets=ends.to(bank.device),

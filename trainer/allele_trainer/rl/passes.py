@@ -50,6 +50,8 @@ def train(
         token = LOSSES[loss.kind](logprobs, old, advantages, loss)
         weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
         (token.loss * weight).sum().backward()
+        for slot in _spoiled(packed):
+            bank.spoil(slot)
         _add(sums, packed, token, weight=weight, gap=(logprobs.detach() - old).abs())
     return {slot: s.report() for slot, s in sums.items()}
 
@@ -64,6 +66,13 @@ def logprobs(model: BaseModel, bank: Bank, samples: Sequence[Sample], *, max_tok
             for slot, value in zip(packed.owners.tolist(), values.tolist(), strict=True):
                 result.setdefault(slot, []).append(value)
     return result
+
+
+def _spoiled(packed: Packed) -> list[int]:
+    """Slots with an input that is not finite: some of these (a logprob of ∞) would give a finite gradient."""
+    finite = np.isfinite(packed.logprobs) & np.isfinite(packed.advantages)
+    found: list[int] = np.unique(packed.owners[~finite]).tolist()
+    return found
 
 
 def _on_device(model: BaseModel, bank: Bank, packed: Packed) -> PackedBatch:

@@ -1,0 +1,85 @@
+"""A member's bits do not depend on its slot, on who shares its batch, on other runs, or on how many slots there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import pytest
+from trainer_parts import Example, Rig, adapter, examples, same_rows, start, write_base
+
+from allele_trainer.model.build import BaseModel, build
+
+STEPS = 4
+
+
+def trained(rig: Rig, steps: list[list[Example]], *, wave: int = 1 << 20) -> Rig:
+    members = list(dict.fromkeys(e.member for found in steps for e in found))
+    rig.reset([start(m, adapter(), seed=int(m[1:])) for m in members])
+    for found in steps:
+        rig.step(found, rate=5e-3, wave=wave)
+    return rig
+
+
+@pytest.mark.parametrize("each", [1, 7])
+@pytest.mark.parametrize("max_tokens", [70, 8192])
+def test_alone_and_in_company(rig: Callable[..., Rig], each: int, max_tokens: int) -> None:
+    members = [f"m{i}" for i in range(9)]
+    steps = [examples(members, each=each, vocab=96, seed=s) for s in range(STEPS)]
+    together = trained(rig(slots=9, max_tokens=max_tokens), steps)
+    for member in members:
+        alone = trained(rig(slots=1, max_tokens=max_tokens), [[e for e in f if e.member == member] for f in steps])
+        assert same_rows(alone.row(member), together.row(member)), member
+
+
+def test_alone_and_in_company_with_long_and_short_sequences(rig: Callable[..., Rig]) -> None:
+    steps = []
+    for s in range(STEPS):
+        found = examples(["m0", "m1", "m2"], each=3, vocab=96, seed=s)
+        long = [dataclasses.replace(e, prompt=e.prompt * 12) for e in found if e.member == "m2"]
+        steps.append([e for e in found if e.member != "m2"] + long)
+    together = trained(rig(slots=3), steps)
+    for member in ("m0", "m1", "m2"):
+        alone = trained(rig(slots=3), [[e for e in f if e.member == member] for f in steps])
+        assert same_rows(alone.row(member), together.row(member)), member
+
+
+def test_alone_and_in_company_with_sizes_that_align_badly(tmp_path: pathlib.Path) -> None:
+    sizes = {"hidden_size": 40, "intermediate_size": 56, "head_dim": 12, "vocab_size": 53}
+    model = build(write_base(tmp_path / "base", **sizes))
+    spec = adapter(rank=1, alpha=2)
+    steps = [examples(["m0", "m1", "m2"], each=3, vocab=53, seed=s) for s in range(STEPS)]
+    rigs = {}
+    for company in (("m0", "m1", "m2"), ("m0",), ("m1",), ("m2",)):
+        rigs[company] = mine = Rig(model, tmp_path / "store", slots=3)
+        mine.reset([start(m, spec, seed=int(m[1:])) for m in company])
+        for found in steps:
+            mine.step([e for e in found if e.member in company], rate=5e-3)
+    for member in ("m0", "m1", "m2"):
+        assert same_rows(rigs["m0", "m1", "m2"].row(member), rigs[(member,)].row(member)), member
+
+
+def test_64_members_over_16_slots_equal_64_slots(example_model: BaseModel, tmp_path: pathlib.Path) -> None:
+    members = [f"m{i}" for i in range(64)]
+    steps = [examples(members, each=4, vocab=48, seed=s) for s in range(3)]
+    all_in = trained(Rig(example_model, tmp_path, slots=64), steps)
+    in_waves = trained(Rig(example_model, tmp_path, slots=16), steps, wave=16)
+    assert all(same_rows(all_in.row(m), in_waves.row(m)) for m in members)
+
+
+def test_two_runs_that_take_each_others_slots_between_gradient_and_step(rig: Callable[..., Rig]) -> None:
+    found = {run: examples([f"m{i}" for i in range(3)], each=3, vocab=96, seed=s) for s, run in enumerate("xy")}
+    shared, rates = rig(slots=3), dict.fromkeys(("m0", "m1", "m2"), 5e-3)
+    for run in "xy":
+        shared.reset([start(m, adapter(), seed=i) for i, m in enumerate(rates)], run=run)
+    for _ in range(3):
+        for run in "xy":
+            shared.admit(*rates, run=run)
+        for run in "xy":
+            shared.forward_backward(found[run], run=run)
+        for run in "yx":
+            shared.optim_step(rates, run=run)
+    for run in "xy":
+        alone = trained(rig(slots=3), [found[run]] * 3)
+        assert all(same_rows(shared.row(m, run=run), alone.row(m)) for m in rates)

@@ -1,0 +1,203 @@
+"""Real parts for trainer tests: random Qwen3 folders, a trainer on a folder store, samples, a PEFT twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+from allele.format import AdapterShape, export_peft
+from allele.protocol import commands as c
+from allele.protocol import samples as wire
+from allele.store import PopulationStore
+from allele_trainer.bank.rows import Row
+from allele_trainer.bank.table import Key
+from allele_trainer.model.build import BaseModel
+from allele_trainer.server.store import RunStore
+from allele_trainer.server.trainer import Limits, Trainer
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NAMESPACE, POPULATION = "lab", "mice"
+
+
+def write_base(folder: pathlib.Path, **sizes: object) -> pathlib.Path:
+    """A Qwen3 with every weight random, norms included, as a Hugging Face folder."""
+    config = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "attention_bias": False,
+    }
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config | sizes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.08 * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    member: str
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float]
+    advantage: float
+
+
+def examples(members: Iterable[str], *, each: int, vocab: int, seed: int = 0) -> list[Example]:
+    """`each` samples per member with ragged lengths; a member's samples depend on its name and the seed alone."""
+    found = []
+    for member in members:
+        rng = np.random.default_rng([seed, *member.encode()])
+        for _ in range(each):
+            prompt, completion = (rng.integers(0, vocab, rng.integers(1, 9)).tolist() for _ in range(2))
+            logprobs = (-np.log(vocab) + rng.normal(size=len(completion))).astype(np.float32).tolist()
+            found.append(Example(member, prompt, completion, logprobs, float(np.float32(rng.normal()))))
+    return found
+
+
+def batch(header: c.ForwardBackward, found: Sequence[Example]) -> bytes:
+    columns = {f.name: [getattr(e, f.name) for e in found] for f in dataclasses.fields(Example)}
+    return wire.encode(header, wire.TRAIN, columns)
+
+
+class Rig:
+    """A trainer without its server, on a store in a folder, and short ways to command it."""
+
+    def __init__(self, model: BaseModel, folder: pathlib.Path, *, slots: int = 16, max_tokens: int = 8192) -> None:
+        self.store = PopulationStore.open(f"file://{folder}", namespace=NAMESPACE, population=POPULATION)
+        self.model = model
+        limits = Limits(slots=slots, max_rank=16, max_tokens=max_tokens)
+        self.trainer = Trainer(model, open_store=lambda _ns, _name: RunStore(self.store), limits=limits)
+
+    def header(self, run: str = "run") -> c.Header:
+        return c.Header(run=run, epoch=1, incarnation="i", seq=1)
+
+    def reset(self, starts: Sequence[c.MemberStart], *, run: str = "run") -> None:
+        self.trainer.reset(c.Reset(run=run, epoch=1, namespace=NAMESPACE, population=POPULATION, members=tuple(starts)))
+
+    def admit(self, *members: str, run: str = "run") -> dict[str, int]:
+        return self.trainer.admit(c.Admit(header=self.header(run), members=members)).slots
+
+    def forward_backward(self, found: Sequence[Example], *, run: str = "run") -> Mapping[str, c.MemberLoss]:
+        command = c.ForwardBackward(header=self.header(run), loss=c.LossSpec())
+        return self.trainer.forward_backward(*wire.decode(batch(command, found), c.ForwardBackward, wire.TRAIN)).members
+
+    def optim_step(self, rates: Mapping[str, float], *, run: str = "run") -> Mapping[str, c.MemberUpdate]:
+        command = c.OptimStep(header=self.header(run), learning_rates=dict(rates))
+        return self.trainer.optim_step(command).members
+
+    def step(
+        self, found: Sequence[Example], *, rate: float = 1e-3, wave: int = 1 << 20, run: str = "run"
+    ) -> dict[str, c.MemberUpdate]:
+        """One step of all members in the samples, as a driver does it: in waves of at most `wave` members."""
+        members = list(dict.fromkeys(e.member for e in found))
+        updates: dict[str, c.MemberUpdate] = {}
+        for i in range(0, len(members), wave):
+            part = members[i : i + wave]
+            self.admit(*part, run=run)
+            self.forward_backward([e for e in found if e.member in part], run=run)
+            updates.update(self.optim_step(dict.fromkeys(part, rate), run=run))
+        return updates
+
+    def export(self, *members: str, probes: Sequence[c.ProbeSequence] = (), run: str = "run") -> c.ExportDone:
+        return self.trainer.export(c.Export(header=self.header(run), members=members, probes=tuple(probes)))
+
+    def save(self, *members: str) -> dict[str, c.ByteRange]:
+        return self.trainer.save_state(c.SaveState(header=self.header(), members=members)).states
+
+    def row(self, member: str, *, run: str = "run") -> Row:
+        return self.trainer._runs[run].tables[member].row(Key(run, member))
+
+    def shape(self, spec: c.AdapterSpec) -> AdapterShape:
+        return AdapterShape.from_model(self.model.config.raw, rank=spec.rank, targets=spec.targets)
+
+    def random_weights(self, member: str, spec: c.AdapterSpec, *, seed: int) -> c.ByteRange:
+        """A packed adapter in the store whose A and B are both random: no gradient of its first step is zero."""
+        shape = self.shape(spec)
+        row = np.random.default_rng(seed).normal(0, 0.05, shape.numel).astype(np.float32)
+        return self.store.write_segment({member: shape.pack(row)})[member]
+
+
+def start(
+    member: str,
+    spec: c.AdapterSpec,
+    *,
+    seed: int = 0,
+    optimizer: c.OptimizerSpec | None = None,
+    weights: c.ByteRange | None = None,
+    state: c.ByteRange | None = None,
+) -> c.MemberStart:
+    rule = optimizer or c.OptimizerSpec()
+    return c.MemberStart(member=member, adapter=spec, optimizer=rule, seed=seed, weights=weights, state=state)
+
+
+def adapter(rank: int = 8, alpha: float = 16, targets: Sequence[str] = ALL, scaling: str = "Standard") -> c.AdapterSpec:
+    return c.AdapterSpec(rank=rank, alpha=alpha, targets=tuple(targets), scaling=scaling)  # type: ignore[arg-type]
+
+
+def same_rows(one: Row, other: Row) -> bool:
+    """Bit-equal weights, moments and step."""
+    return one.step == other.step and all(
+        torch.equal(getattr(one, f), getattr(other, f)) for f in ("weights", "exp_avg", "exp_avg_sq")
+    )
+
+
+class PeftTwin:
+    """The same adapter in Hugging Face + PEFT with torch's AdamW and clip: code that shares nothing with ours."""
+
+    def __init__(self, base: pathlib.Path, rig: Rig, packed: bytes, spec: c.AdapterSpec, folder: pathlib.Path) -> None:
+        shape = rig.shape(spec)
+        export_peft(packed, folder, shape=shape, alpha=spec.alpha, scaling=spec.scaling, base_name=str(base))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, attn_implementation="eager"
+        )
+        self.shape = shape
+        self.model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([[*prompt, *completion]])
+        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+    def train(self, steps: Sequence[Sequence[Example]], *, rate: float, rule: c.OptimizerSpec) -> list[float]:
+        """GRPO steps, written out here on its own; gives the gradient norms."""
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=rate,
+            betas=(rule.beta1, rule.beta2),
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+        )
+        norms = []
+        for found in steps:
+            optimizer.zero_grad()
+            total = sum(len(e.completion) for e in found)
+            for e in found:
+                ratio = (self.logprobs(e.prompt, e.completion) - torch.tensor(e.logprobs)).exp()
+                gain = torch.minimum(ratio * e.advantage, ratio.clamp(0.8, 1.28) * e.advantage)
+                (-gain.sum() / total).backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), rule.clip)))
+            optimizer.step()
+        return norms
+
+    def row(self) -> torch.Tensor:
+        """Its parameters in the order of the shape."""
+        tensors = {n.replace(".default", ""): p.detach() for n, p in self.parameters.items()}
+        return torch.cat([tensors[t.name].reshape(-1) for t in self.shape.tensors])
