@@ -1,17 +1,29 @@
-"""SGLang plugin that refuses token ids outside the vocabulary.
+"""SGLang plugin that closes two ways in which one request stops the whole server (0.5.21).
 
-SGLang 0.5.21 checks logit_bias and the like but not the prompt's ids, which tenants may send (`prompt` of
-/v1/completions): the embedding lookup then fails in the scheduler, and the whole server dies with all its adapters.
+- Token ids outside the vocabulary, which tenants may send (`prompt` of /v1/completions), are not checked: the
+  embedding lookup fails in the scheduler and the server dies.
+- An adapter's count of running requests is wrong after a refused request (not taken back) and after `n` > 1 (taken back
+  n + 1 times). Its unload then waits for ever with the lock that every other load needs.
 """
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from typing import Any
 
 from allele_rollout.engine.plugin import applied_once
 
 PLUGIN = "allele_guard"
-_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+_VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+_WAIT = "sglang.srt.lora.lora_registry.LoRARegistry.wait_for_unload"
+_INIT = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators"
+_LOOK_AGAIN = 0.01
+"""Seconds between looks at the running requests, while an unload waits for them."""
+_LATE = 60.0
+"""Seconds for which the count of an unloaded adapter stays, for requests that still take theirs back."""
+
+_managers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def register() -> None:
@@ -20,11 +32,18 @@ def register() -> None:
 
 
 def _apply() -> None:
-    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from pkgutil import resolve_name
+
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    TokenizerManager._validate_one_request  # noqa: B018  an AttributeError here is a version that the hook does not fit
-    HookRegistry.register(_TARGET, refuse_foreign_ids, HookType.BEFORE)
+    for target, hook, kind in (
+        (_VALIDATE, refuse_foreign_ids, HookType.BEFORE),
+        (_INIT, remember_manager, HookType.AFTER),
+        (_WAIT, wait_for_requests, HookType.REPLACE),
+    ):
+        module, name, attribute = target.rsplit(".", 2)
+        getattr(resolve_name(f"{module}:{name}"), attribute)  # fails here, loudly, when the version does not fit
+        HookRegistry.register(target, hook, kind)
 
 
 def refuse_foreign_ids(tokenizer_manager: Any, obj: Any, input_ids: list[int] | None) -> None:
@@ -35,3 +54,18 @@ def refuse_foreign_ids(tokenizer_manager: Any, obj: Any, input_ids: list[int] | 
     if input_ids is not None and not (min(input_ids) >= 0 and max(input_ids) < size):
         wrong = next(i for i in input_ids if not 0 <= i < size)
         raise ValueError(f"input_ids: expected ids from 0 to {size - 1}, found {wrong}")
+
+
+def remember_manager(_result: Any, tokenizer_manager: Any) -> None:
+    _managers.add(tokenizer_manager)
+
+
+async def wait_for_requests(registry: Any, lora_id: str) -> None:
+    """Return when no request that is really there uses the adapter, whatever its count says."""
+    while any(_uses(state.obj.lora_id, lora_id) for m in _managers for state in list(m.rid_to_state.values())):
+        await asyncio.sleep(_LOOK_AGAIN)
+    asyncio.get_running_loop().call_later(_LATE, registry._counters.pop, lora_id, None)
+
+
+def _uses(ids: str | list[str | None] | None, lora_id: str) -> bool:
+    return ids == lora_id or (isinstance(ids, list) and lora_id in ids)

@@ -72,7 +72,7 @@ class EngineClient:
         await self._call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     async def unload(self, name: str) -> None:
-        await self._call("POST", "/unload_lora_adapter", {"lora_name": name})
+        await self._call("POST", "/unload_lora_adapter", {"lora_name": name}, within=60)
 
     async def generate(self, body: JSON, *, within: float | None = None) -> Any:
         found = await self._call("POST", "/generate", body, within=within)
