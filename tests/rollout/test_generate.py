@@ -1,0 +1,92 @@
+"""Samples are the engine's own ids and logprobs under the right adapter, in the caller's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rollout_engine import EngineProcess
+from rollout_parts import EOS, ProbeSequence, Service, StoredPopulation, call, random_adapter, reference
+
+PROMPT = (13, 4, 6, 3, 5, 2)
+Start = Callable[..., Service]
+
+
+def expected(packed: bytes | None, completion: list[int]) -> list[float]:
+    return reference(packed, [ProbeSequence(prompt=PROMPT, completion=tuple(completion))])
+
+
+def test_served_logprobs_equal_those_of_hugging_face(gateway: Start, population: StoredPopulation) -> None:
+    adapters = {f"m{i}": random_adapter(i) for i in range(3)}
+    population.commit(adapters)
+    rows = [("m1", 1, PROMPT), ("m0", 1, PROMPT), ("base", None, PROMPT), ("m2", 1, PROMPT), ("m1", 1, PROMPT)]
+    samples = gateway().generate(rows, n=2)
+    assert [s.request for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for sample in samples:
+        assert sample.error is None and 1 <= len(sample.completion) <= 8
+        assert (sample.finish == "stop") == (sample.completion[-1] == EOS)
+        truth = expected(adapters.get(rows[sample.request][0]), sample.completion)
+        assert sample.logprobs == pytest.approx(truth, abs=1e-4)
+
+
+def test_greedy_samples_equal_a_direct_call_of_the_engine(
+    gateway: Start, population: StoredPopulation, engine: EngineProcess
+) -> None:
+    population.commit({"a": random_adapter(1)})
+    service = gateway()
+    (sample,) = service.generate([("a", 1, PROMPT)], temperature=0.0)
+    names = [m["id"] for m in call(f"{engine.url}/v1/models").json["data"] if "styles/a@1" in m["id"]]
+    sampling = {"temperature": 0.0, "max_new_tokens": 8, "stop_token_ids": [EOS]}
+    direct = call(
+        f"{engine.url}/generate",
+        {"input_ids": list(PROMPT), "lora_path": names[0], "sampling_params": sampling, "return_logprob": True},
+    ).json
+    assert sample.completion == direct["output_ids"]
+    assert sample.logprobs == pytest.approx([p for p, *_ in direct["meta_info"]["output_token_logprobs"]], abs=1e-6)
+
+
+def test_more_adapters_than_may_be_loaded_are_all_served_right(gateway: Start, population: StoredPopulation) -> None:
+    adapters = {f"m{i}": random_adapter(100 + i) for i in range(11)}
+    population.commit(adapters)
+    service = gateway(loaded=5)
+    for _ in range(2):
+        rows = [(f"m{i % 11}", 1, PROMPT) for i in range(22)]
+        for sample, (member, _, _) in zip(service.generate(rows), rows, strict=True):
+            assert sample.logprobs == pytest.approx(expected(adapters[member], sample.completion), abs=1e-4)
+    tiers = {t["name"]: t["adapters"] for t in call(f"{service.internal}/v1/status").json["tiers"]}
+    assert tiers["host"] == 5 and tiers["disk"] == 11
+
+
+def test_a_bad_row_fails_alone(gateway: Start, population: StoredPopulation) -> None:
+    population.commit({"a": random_adapter(1)})
+    good = ("a", 1, PROMPT)
+    rows = [good, ("a", 7, PROMPT), ("nobody", 1, PROMPT), ("a", 1, ()), ("a", 1, (3, 4, 9999)), good]
+    errors = [s.error for s in gateway().generate(rows)]
+    assert errors[0] is None and errors[5] is None
+    assert "no revision 7, the newest is 1" in str(errors[1])
+    assert "no such member" in str(errors[2])
+    assert "at least one token" in str(errors[3])
+    assert "found 9999" in str(errors[4])
+
+
+def test_a_revision_is_found_as_soon_as_its_catalogue_version_is_named(
+    gateway: Start, population: StoredPopulation
+) -> None:
+    first, second = random_adapter(1), random_adapter(2)
+    population.commit({"a": first})
+    service = gateway(tail_seconds=3600.0)
+    assert service.generate([("a", 1, PROMPT)])[0].error is None
+    version = population.commit({"a": second}, revision=2, parent=1)
+    assert "no revision 2" in str(service.generate([("a", 2, PROMPT)])[0].error)
+    (sample,) = service.generate([("a", 2, PROMPT)], version=version)
+    assert sample.logprobs == pytest.approx(expected(second, sample.completion), abs=1e-4)
+    (old,) = service.generate([("a", 1, PROMPT)])
+    assert old.logprobs == pytest.approx(expected(first, old.completion), abs=1e-4)
+
+
+def test_a_population_of_another_base_is_refused(gateway: Start, tmp_path: Path) -> None:
+    other = StoredPopulation(f"file://{tmp_path}/store", namespace="team", name="foreign", base_digest="sha256:other")
+    other.commit({"a": random_adapter(1)}, expose=True)
+    answer = gateway().complete("foreign/a")
+    assert answer.status == 422 and "expected sha256:bbb" in answer.json["error"]["message"]
