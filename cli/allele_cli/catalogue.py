@@ -59,7 +59,7 @@ def lineage(
 ) -> None:
     """Where a revision came from: its parents down to the base, with step, digest and data.
 
-    Example: `allele lineage preferences/preferences-0003 --namespace allele-demo`
+    Example: `allele lineage preferences/taste-0003 --namespace allele-demo`
     """
     source, name = _open(adapter, namespace, store)
     chain = _chain(Index.load(source.catalogue), name)
@@ -87,7 +87,7 @@ def export(
 ) -> None:
     """Write a revision as a folder that PEFT, vLLM and SGLang load.
 
-    Example: `allele export preferences/preferences-0003@12 --to out/adapter --namespace allele-demo`
+    Example: `allele export preferences/taste-0003@12 --to out/adapter --namespace allele-demo`
     """
     source, name = _open(adapter, namespace, store)
     fact = _chain(Index.load(source.catalogue), name)[0]

@@ -45,8 +45,8 @@ ETCD_PORT=23790
 S3_PORT=27070
 API_URL=https://$NODE_IP:$API_PORT
 S3_URL=http://$NODE_IP:$S3_PORT
-S3_KEY=testkey
-S3_SECRET=testsecret
+S3_KEY=allele
+S3_SECRET=allele-secret
 PYBASE=localhost/pybase:local
 CLUSTER_IMAGES=(pause coredns jobset pybase)
 

@@ -22,7 +22,7 @@ from hack.demo.summary import EXAMPLE, POPULATION, ROOT, Seconds, conclude, eval
 
 NAMESPACE = "allele-demo"
 SYSTEM = "allele-system"
-POOL = "preferences"
+POOL = "tiny"
 RUN = "preferences"
 
 
@@ -127,7 +127,7 @@ def service_url(name: str) -> str:
 
 
 def suggest(endpoint: str) -> None:
-    member = f"{POPULATION}/preferences-0003"
+    member = f"{POPULATION}/taste-0003"
     body = json.dumps({"model": member, "messages": [{"role": "user", "content": "kbdac="}], "max_tokens": 8})
     print(
         f"""

@@ -7,7 +7,7 @@ import time
 
 from allele.store.population import PopulationStore
 from allele_cli.display import Display
-from allele_cli.local import make_plan
+from allele_cli.local import make_plan, run_until_stopped
 from allele_cli.local.session import session
 from hack.demo.summary import EXAMPLE, FILES, POPULATION, ROOT, Seconds, conclude, evaluate
 
@@ -33,8 +33,8 @@ def demo(*, seconds: Seconds) -> None:
         store = PopulationStore.open(plan.store, namespace=plan.namespace, population=POPULATION)
         conclude(store, result, seconds=seconds, mode="local")
 
-    asyncio.run(go())
-    member = f"{POPULATION}/preferences-0003"
+    run_until_stopped(go)
+    member = f"{POPULATION}/taste-0003"
     print(
         f"""
 Try next:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated
 
@@ -56,9 +58,21 @@ def run(
                     display.say(f"serving at {running.endpoint}/v1 until Ctrl-C")
                     await asyncio.Event().wait()
 
+    run_until_stopped(go)
+
+
+def run_until_stopped(main: Callable[[], Coroutine[None, None, None]]) -> None:
+    """asyncio.run that ends the processes on SIGTERM as on Ctrl-C. Raises Failure when it was stopped."""
+
+    async def go() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await main()
+
     try:
         asyncio.run(go())
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, asyncio.CancelledError) as e:
         raise Failure("stopped; the same command resumes from the last commit") from e
 
 
