@@ -25,9 +25,8 @@ def test_packed_logprobs_equal_hugging_face(example_model: BaseModel) -> None:
     samples = [Sample(0, *(rng.integers(0, 48, n).tolist() for n in pair)) for pair in lengths]
     packed = pack(samples)
     with torch.no_grad():
-        found = example_model.logprobs(
-            to_device(packed, plan=None, device=example_model.device), torch.as_tensor(packed.targets)
-        )
+        batch = to_device(packed, plan=None, device=example_model.device)
+        found = example_model.logprobs(batch, torch.as_tensor(packed.targets))
         reference = transformers.Qwen3ForCausalLM.from_pretrained(EXAMPLE_BASE, attn_implementation="eager")
         expected = []
         for s in samples:

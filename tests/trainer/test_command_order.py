@@ -55,9 +55,8 @@ class Client:
     async def reset(self, *, epoch: int = 1, run: str = "run", members: tuple[str, ...] = MEMBERS) -> None:
         starts = tuple(start(m, adapter(), seed=i) for i, m in enumerate(members))
         command = c.Reset(run=run, epoch=epoch, namespace=NAMESPACE, population=POPULATION, members=starts)
-        self.incarnation = c.ResetDone.model_validate_json(
-            await self.post("reset", command.model_dump_json())
-        ).incarnation
+        done = c.ResetDone.model_validate_json(await self.send("reset", command))
+        self.incarnation = done.incarnation
 
     def header(self, seq: int, **other: object) -> c.Header:
         return c.Header.model_validate({"run": "run", "epoch": 1, "incarnation": self.incarnation, "seq": seq} | other)
@@ -109,13 +108,8 @@ async def test_a_whole_step_over_http_equals_the_step_in_process(client: Client,
         assert shape.pack(alone.row(member).weights.numpy()) == packed
     assert set(c.SaveStateDone.model_validate_json(saved).states) == set(MEMBERS)
     info = c.TrainerInfo.model_validate_json(await client.get("/v1/info"))
-    assert (info.incarnation, info.base_digest, info.slots, info.used, info.runs) == (
-        "first",
-        "sha256:base",
-        2,
-        1,
-        {"run": 1},
-    )
+    assert (info.incarnation, info.base_digest, info.slots) == ("first", "sha256:base", 2)
+    assert (info.used, info.runs) == (1, {"run": 1})
     assert 'allele_trainer_commands_total{command="optim_step",outcome="ok"} 1.0' in await client.get("/metrics")
 
 
@@ -245,9 +239,8 @@ async def test_samples_that_cannot_be_trained_on_are_refused_by_row(
 
 async def test_a_body_that_is_no_command_is_refused_by_field(client: Client) -> None:
     with pytest.raises(InvalidRequest, match=r"header\.seq"):
-        await client.post(
-            "admit", '{"header": {"run": "r", "epoch": 1, "incarnation": "i", "seq": "x"}, "members": []}'
-        )
+        header = '{"run": "r", "epoch": 1, "incarnation": "i", "seq": "x"}'
+        await client.post("admit", f'{{"header": {header}, "members": []}}')
     with pytest.raises(InvalidRequest, match="Arrow stream"):
         await client.post("forward_backward", b"no arrow")
 
