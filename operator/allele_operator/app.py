@@ -129,8 +129,6 @@ class Operator:
                 await asyncio.sleep(max(_WARM_UP_SECONDS, e.retry_after))
         tasks = self._start()
         try:
-            await asyncio.sleep(0.1)  # kopf takes the signals when its tasks begin
-            self._take_signals()
             await _first(set(tasks))
         finally:
             for task in tasks:
@@ -162,7 +160,6 @@ class Operator:
         return "JobSet" if await self.kube.serves("JobSet") else "Job"
 
     def _start(self) -> list[asyncio.Task[None]]:
-        """Our tasks before kopf's: at its end kopf cancels every task that is younger than itself."""
         workers = [
             asyncio.create_task(self.queue.work(self.reconciler.reconcile), name=f"worker-{i}")
             for i in range(self.settings.workers)
@@ -178,6 +175,7 @@ class Operator:
             settings=shell.kopf_settings([k for k in self._kinds if k in CHILDREN]),
             namespaces=self.settings.namespace,
             stop=self.stop,
+            started=self._take_signals,
         )
         return [*workers, asyncio.create_task(resync, name="resync"), asyncio.create_task(watch, name="kopf")]
 

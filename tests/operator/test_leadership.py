@@ -1,4 +1,4 @@
-"""One leader at a time: takeover after a kill, release at SIGTERM, and a leader that slept and wakes up writes nothing."""
+"""One leader at a time: takeover after a kill, release at SIGTERM, no write by a leader that slept and wakes up."""
 
 from __future__ import annotations
 

@@ -92,9 +92,14 @@ async def watch(
     settings: kopf.OperatorSettings,
     namespaces: Sequence[str],
     stop: asyncio.Event,
+    started: Callable[[], None],
 ) -> None:
-    """Runs until `stop`. It takes SIGTERM and SIGINT for itself when it starts: take them back afterwards."""
-    await kopf.operator(
+    """Runs until `stop`, and at its end cancels every task that is younger than itself: start yours before it.
+
+    kopf takes SIGTERM and SIGINT for itself; `started` is called right after, to take them back.
+    """
+    older = asyncio.all_tasks()
+    tasks = await kopf.spawn_tasks(
         registry=registry,
         settings=settings,
         standalone=True,
@@ -102,3 +107,5 @@ async def watch(
         namespaces=namespaces,
         stop_flag=stop,
     )
+    started()
+    await kopf.run_tasks(tasks, ignored=older)
