@@ -30,7 +30,7 @@ FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 """(submodule of a layer, modules that Megatron-core and SGLang keep in one weight), in file order."""
 
 TARGETS = tuple(m for _, modules in FUSED for m in modules)
-_NUMPY = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
+_NUMPY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 

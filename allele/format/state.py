@@ -65,5 +65,6 @@ class StateShape:
         what = f"state of shape {self.shape.digest[:12]}"
         data = header.check(header.flat(packed, what), self.header, self.entries, what)
         p = self.shape.numel
-        rows = [np.frombuffer(data, dtype="<f4", count=p, offset=4 * p * i) for i in range(len(_ROWS))]
-        return State(*rows, step=int.from_bytes(data[12 * p :], "little", signed=True))
+        weights, exp_avg, exp_avg_sq = np.frombuffer(data[: 12 * p], dtype="<f4").reshape(len(_ROWS), p)
+        step = int.from_bytes(data[12 * p :], "little", signed=True)
+        return State(weights=weights, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step)

@@ -63,9 +63,7 @@ def scan(directory: str | Path) -> tuple[BaseFile, ...]:
         raise BaseMismatch(f"{folder}: expected the files of a base model, found none")
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
         sums = list(pool.map(lambda name: _sha256(folder / name), names))
-    return tuple(
-        BaseFile(name=n, size=(folder / n).stat().st_size, sha256=s) for n, s in zip(names, sums, strict=True)
-    )
+    return tuple(BaseFile(name=n, size=(folder / n).stat().st_size, sha256=s) for n, s in zip(names, sums, strict=True))
 
 
 def manifest(store: Objects, name: str) -> BaseManifest:

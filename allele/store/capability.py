@@ -25,12 +25,14 @@ from ulid import ULID
 from allele.protocol.commands import Wire
 from allele.protocol.errors import InvalidRequest
 
-Reason = Literal["Reachable", "BucketMissing", "CredentialsRefused", "Unreachable", "NoConditionalWrites", "NoRangedReads"]
+Reason = Literal[
+    "Reachable", "BucketMissing", "CredentialsRefused", "Unreachable", "NoConditionalWrites", "NoRangedReads"
+]
 
 _BUCKET_CODES = {"NoSuchBucket", "404", "NotFound"}
 _CREDENTIAL_CODES = {
     "403", "AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken", "Forbidden",
-    "AuthorizationHeaderMalformed", "TokenRefreshRequired",
+    "AuthorizationHeaderMalformed", "TokenRefreshRequired", "XAdminUserNotFound",
 }  # fmt: skip
 _MAX_MESSAGE = 1024
 """Characters of a termination message that the operator copies."""
@@ -60,7 +62,8 @@ def probe(url: str, environ: Mapping[str, str] = os.environ) -> Capabilities:
     found = dict.fromkeys(("create_only", "if_match", "ranged_read", "list"), False)
     try:
         if parts.scheme == "s3" and parts.netloc:
-            _probe_s3(_client(environ), bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), found=found)
+            s3 = _call("credentials", lambda: _client(environ))
+            _probe_s3(s3, bucket=parts.netloc, prefix=unquote(parts.path).strip("/"), found=found)
         elif parts.scheme == "file" and parts.path.strip("/"):
             _probe_folder(Path(unquote(parts.path)), found)
         else:
@@ -93,11 +96,11 @@ def _probe_s3(s3: Any, *, bucket: str, prefix: str, found: dict[str, bool]) -> N
     _call("list", lambda: s3.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1))
     found["list"] = True
     try:
-        etag = _call("create", lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"0123456789", IfNoneMatch="*"))["ETag"]
+        created = _call("create", lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"0123456789", IfNoneMatch="*"))
         found["create_only"] = _refused(lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"again", IfNoneMatch="*"))
         stale = '"00000000000000000000000000000000"'
         refused = _refused(lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"other", IfMatch=stale))
-        _call("replace", lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"0123456789", IfMatch=etag))
+        _call("replace", lambda: s3.put_object(Bucket=bucket, Key=key, Body=b"0123456789", IfMatch=created["ETag"]))
         found["if_match"] = refused
         body = _call("read", lambda: s3.get_object(Bucket=bucket, Key=key, Range="bytes=2-4")["Body"].read())
         found["ranged_read"] = body == b"234"

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import json
+import logging
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
+from allele.store import delta
 from allele.store import facts as rows
 from allele.store.errors import ObjectNotFound, StoreUnavailable
 from allele.store.facts import Fact
@@ -31,12 +28,18 @@ from allele.store.objects import Objects
 if TYPE_CHECKING:
     from allele.store.writer import Writer
 
+log = logging.getLogger(__name__)
+
 FOLDER = "catalogue"
 COMPACT_EVERY = 50
-"""Commits between checkpoints, and files of facts between compactions."""
+"""Commits between checkpoints, and small files of facts that a compaction merges."""
+
+SMALL_FILE = 4 << 20
+"""Bytes; a file of facts below it is worth merging."""
 
 _CONFIGURATION = {"delta.checkpointInterval": str(COMPACT_EVERY), "delta.enableExpiredLogCleanup": "false"}
-_READ_THREADS = 8
+_COMPACTION = "compaction"
+"""Application transaction that compactions race on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +96,15 @@ class Catalogue:
         if since_version is None or since_version < 0:
             return self._all_facts()
         version, paths = since_version, list[str]()
-        while (added := self._added(version + 1)) is not None:
+        while (entry := self._log_entry(version + 1)) is not None:
             version += 1
-            paths += added
-        return Changes(version, tuple(rows.from_arrow(self._read(paths))))
+            paths += delta.added_with_data(entry)
+        return Changes(version, tuple(rows.from_arrow(delta.read(self._objects, paths, rows.SCHEMA))))
 
     def table(self) -> pa.Table:
         """All facts as Arrow, unordered."""
-        return self._read(self._live_files())
+        _, files = self._live()
+        return delta.read(self._objects, [f.path for f in files], rows.SCHEMA)
 
     def compact(self) -> int:
         """Merge small files of facts and write a checkpoint; returns the new version.
@@ -112,11 +116,11 @@ class Catalogue:
             return -1
         try:
             with self._lock:
-                table.optimize.compact()
-                table.create_checkpoint()
-        except DeltaError as e:
-            if "Concurrent" not in str(e) and "conflict" not in str(e).lower():
-                raise StoreUnavailable(f"{self._objects.url()}: compaction failed: {e}") from e
+                self._merge_small_files(table)
+        except CommitFailedError as e:
+            log.info("compaction of %s lost a race: %s", self._objects.url(), e)
+        except (DeltaError, OSError) as e:
+            raise StoreUnavailable(f"{self._objects.url()}: compaction failed: {e}") from e
         return self.version()
 
     def snapshot(self, *, create: bool = False) -> DeltaTable | None:
@@ -145,38 +149,30 @@ class Catalogue:
             )
         return DeltaTable(url, storage_options=options)
 
-    def _live_files(self) -> list[str]:
-        table = self.snapshot()
-        return [] if table is None else _live_paths(table)
-
-    def _all_facts(self) -> Changes:
+    def _live(self) -> tuple[int, list[delta.LiveFile]]:
         table = self.snapshot()
         if table is None:
-            return Changes(-1, ())
+            return -1, []
         with self._lock:
-            version, paths = int(table.version()), _live_paths(table)
-        facts = sorted(rows.from_arrow(self._read(paths)), key=lambda f: f.order)
-        return Changes(version, tuple(facts))
+            return int(table.version()), delta.live_files(table)
 
-    def _added(self, version: int) -> list[str] | None:
-        """Files that a commit added with data; None when there is no such commit yet."""
-        try:
-            entry = self._objects.get(f"_delta_log/{version:020d}.json")
-        except ObjectNotFound:
-            return None
-        actions = (json.loads(line).get("add") for line in entry.splitlines() if line.strip())
-        return [unquote(a["path"]) for a in actions if a is not None and a["dataChange"]]
+    def _all_facts(self) -> Changes:
+        version, files = self._live()
+        found = delta.read(self._objects, [f.path for f in files], rows.SCHEMA)
+        return Changes(version, tuple(sorted(rows.from_arrow(found), key=lambda f: f.order)))
 
-    def _read(self, paths: Sequence[str]) -> pa.Table:
-        if not paths:
-            return rows.SCHEMA.empty_table()
-        with ThreadPoolExecutor(min(_READ_THREADS, len(paths))) as pool:
-            return pa.concat_tables(pool.map(self._read_file, paths))
+    def _log_entry(self, version: int) -> bytes | None:
+        with contextlib.suppress(ObjectNotFound):
+            return self._objects.get(f"_delta_log/{version:020d}.json")
+        return None
 
-    def _read_file(self, path: str) -> pa.Table:
-        table = pq.read_table(io.BytesIO(self._objects.get(path)), use_threads=False)
-        return table.select(rows.SCHEMA.names).cast(rows.SCHEMA)
-
-
-def _live_paths(table: DeltaTable) -> list[str]:
-    return [unquote(p) for p in pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist()]
+    def _merge_small_files(self, table: DeltaTable) -> None:
+        small = [f for f in delta.live_files(table) if f.size < SMALL_FILE]
+        if len(small) > 1:
+            turn = (table.transaction_version(_COMPACTION) or 0) + 1
+            found = delta.read(self._objects, [f.path for f in small], rows.SCHEMA)
+            staged = delta.stage(self._objects, found.sort_by([("time", "ascending"), ("member", "ascending")]))
+            merged = dataclasses.replace(staged, modified=max(f.modified for f in small))
+            delta.replace(table, small, merged, transaction=(_COMPACTION, turn))
+            table.update_incremental()
+        table.create_checkpoint()

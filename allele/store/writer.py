@@ -14,8 +14,6 @@ that it was fenced, instead of taking the successor's commit for its own.
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 import logging
 import random
 import time
@@ -23,15 +21,12 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
-from deltalake.transaction import AddAction
-from ulid import ULID
 
+from allele.store import delta
 from allele.store import facts as rows
-from allele.store.catalogue import COMPACT_EVERY, Catalogue
+from allele.store.catalogue import COMPACT_EVERY, SMALL_FILE, Catalogue
 from allele.store.errors import FencedError, StoreError, StoreUnavailable
 from allele.store.facts import Fact
 
@@ -40,9 +35,6 @@ log = logging.getLogger(__name__)
 _ATTEMPTS: Final = 12
 _MAX_WAIT: Final = 5.0
 """Seconds; attempts back off from 20 ms to this, with jitter: about half a minute in all."""
-
-_SMALL_FILE: Final = 4 << 20
-"""Bytes; files of facts below it are worth merging."""
 
 
 class Writer:
@@ -65,7 +57,7 @@ class Writer:
             table = _snapshot(catalogue)
             fence = (table.transaction_version(f"fence/{run}") or 0) + 1
             try:
-                _append(table, actions=[], transactions=[Transaction(f"fence/{run}", fence)])
+                delta.commit(table, [(f"fence/{run}", fence)])
             except (DeltaError, OSError) as e:
                 _wait(attempt, f"start of run {run}", e)
                 continue
@@ -109,25 +101,13 @@ class Writer:
 
     def _append(self, table: DeltaTable, *, step: int, facts: Sequence[Fact]) -> None:
         time_ = _next_time(table)
-        stamped = [
-            dataclasses.replace(
-                f, run=self.run, fence=self.fence, time=time_, step=step if f.step is None else f.step
-            )
-            for f in facts
-        ]
-        transactions = [Transaction(f"fence/{self.run}", self.fence), Transaction(f"run/{self.run}", step)]
-        _append(table, actions=self._stage(stamped, time_), transactions=transactions)
-
-    def _stage(self, facts: Sequence[Fact], time_: datetime) -> list[AddAction]:
-        """Write the parquet file that the commit will name; without the commit it does not count."""
-        if not facts:
-            return []
-        sink = io.BytesIO()
-        pq.write_table(rows.to_arrow(facts), sink, compression="zstd")
-        path = f"{ULID()}.parquet"
-        self._catalogue.objects.create(path, sink.getvalue())
-        stats = json.dumps({"numRecords": len(facts)})
-        return [AddAction(path, sink.tell(), {}, _milliseconds(time_), True, stats)]
+        staged = None
+        if facts:
+            stamp = {"run": self.run, "fence": self.fence, "time": time_}
+            stamped = [dataclasses.replace(f, **stamp, step=step if f.step is None else f.step) for f in facts]
+            staged = delta.stage(self._catalogue.objects, rows.to_arrow(stamped))
+            staged = dataclasses.replace(staged, modified=delta.milliseconds(time_))
+        delta.commit(table, [(f"fence/{self.run}", self.fence), (f"run/{self.run}", step)], staged)
 
     def _settle(self) -> int:
         """A version at which the commit is visible, after compaction when that is due.
@@ -135,8 +115,7 @@ class Writer:
         The commit is done; that its housekeeping failed is only worth a line.
         """
         table = _snapshot(self._catalogue)
-        sizes = pa.table(table.get_add_actions(flatten=True)).column("size_bytes").to_pylist()
-        if sum(size < _SMALL_FILE for size in sizes) < COMPACT_EVERY:
+        if sum(f.size < SMALL_FILE for f in delta.live_files(table)) < COMPACT_EVERY:
             return int(table.version())
         try:
             return self._catalogue.compact()
@@ -152,25 +131,10 @@ def _snapshot(catalogue: Catalogue) -> DeltaTable:
     return table
 
 
-def _append(table: DeltaTable, *, actions: Sequence[AddAction], transactions: list[Transaction]) -> None:
-    table.create_write_transaction(
-        actions=list(actions),
-        mode="append",
-        schema=table.schema(),
-        commit_properties=CommitProperties(app_transactions=transactions, max_commit_retries=50),
-    )
-
-
 def _next_time(table: DeltaTable) -> datetime:
     """Now, or just past the newest commit if this machine's clock is behind the one that wrote it."""
-    stamps = pa.table(table.get_add_actions(flatten=True)).column("modification_time").to_pylist()
-    newest = datetime.fromtimestamp(max(stamps, default=0) / 1000, UTC)
-    return max(rows.now(), newest + timedelta(milliseconds=1))
-
-
-def _milliseconds(time_: datetime) -> int:
-    """Rounded up, so that a file is never older than its facts."""
-    return -(-int(time_.timestamp() * 1_000_000) // 1000)
+    newest = max((f.modified for f in delta.live_files(table)), default=0)
+    return max(rows.now(), datetime.fromtimestamp(newest / 1000, UTC) + timedelta(milliseconds=1))
 
 
 def _wait(attempt: int, what: str, error: Exception) -> None:

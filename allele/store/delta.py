@@ -1,0 +1,109 @@
+"""The few things that a catalogue asks of Delta: live files, rows in and out, and one kind of commit.
+
+Every commit goes through `commit`, with application transactions: they are what makes delta-rs refuse one that was
+made from an older snapshot than another under the same ids. Its own `optimize` drops them, and lets two compactions
+of one snapshot both succeed, so compaction is written with `commit` as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.transaction import AddAction, RemoveAction
+from ulid import ULID
+
+from allele.store.objects import Objects
+
+_READ_THREADS = 8
+_COMMIT_RETRIES = 50
+"""Other runs' commits that may come between the snapshot and this one; each is checked for conflict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveFile:
+    """A parquet file of the table; `modified` (milliseconds) is never before the newest fact in it."""
+
+    path: str
+    size: int
+    modified: int
+
+
+def live_files(table: DeltaTable) -> list[LiveFile]:
+    columns = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes", "modification_time"])
+    rows = zip(*(c.to_pylist() for c in columns.columns), strict=True)
+    return [LiveFile(unquote(path), size, modified) for path, size, modified in rows]
+
+
+def stage(objects: Objects, rows: pa.Table) -> LiveFile:
+    """Write rows as a new parquet file, which does not count until a commit adds it."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd")
+    data = bytes(sink.getvalue())
+    path = f"{ULID()}.parquet"
+    objects.create(path, data)
+    return LiveFile(path, len(data), milliseconds(datetime.now(UTC)))
+
+
+def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
+    """Rows of files of the table, whether live or since compacted away."""
+
+    def one(path: str) -> pa.Table:
+        with pq.ParquetFile(pa.BufferReader(objects.get(path))) as file:
+            return file.read(schema.names, use_threads=False).cast(schema)
+
+    if not paths:
+        return schema.empty_table()
+    with ThreadPoolExecutor(min(_READ_THREADS, len(paths))) as pool:
+        return pa.concat_tables(pool.map(one, paths))
+
+
+def added_with_data(entry: bytes) -> list[str]:
+    """Paths of the files that one entry of the Delta log adds with new rows."""
+    actions = (json.loads(line).get("add") for line in entry.splitlines() if line.strip())
+    return [unquote(a["path"]) for a in actions if a is not None and a["dataChange"]]
+
+
+def commit(table: DeltaTable, transactions: Sequence[tuple[str, int]], add: LiveFile | None = None) -> None:
+    """Add a file of new rows (or none) under application transactions. Raises CommitFailedError on a conflict."""
+    _commit(table, [] if add is None else [_add(add, data_change=True)], transactions)
+
+
+def replace(table: DeltaTable, old: Sequence[LiveFile], new: LiveFile, *, transaction: tuple[str, int]) -> None:
+    """Put one file with the same rows in place of several; tails take no notice."""
+    now = milliseconds(datetime.now(UTC))
+    removed = [
+        RemoveAction(path=f.path, data_change=False, deletion_timestamp=now, size=f.size, partition_values={})
+        for f in old
+    ]
+    _commit(table, [*removed, _add(new, data_change=False)], [transaction])
+
+
+def _add(file: LiveFile, *, data_change: bool) -> AddAction:
+    return AddAction(file.path, file.size, {}, file.modified, data_change, "{}")
+
+
+def _commit(
+    table: DeltaTable, actions: list[AddAction | RemoveAction], transactions: Sequence[tuple[str, int]]
+) -> None:
+    table.create_write_transaction(
+        actions=actions,  # type: ignore[arg-type]  # declared for additions only, removals are documented
+        mode="append",
+        schema=table.schema(),
+        commit_properties=CommitProperties(
+            app_transactions=[Transaction(name, version) for name, version in transactions],
+            max_commit_retries=_COMMIT_RETRIES,
+        ),
+    )
+
+
+def milliseconds(time: datetime) -> int:
+    """Rounded up."""
+    return -(-int(time.timestamp() * 1_000_000) // 1000)

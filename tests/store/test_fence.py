@@ -1,0 +1,135 @@
+"""Of two drivers of a run only the one that started last commits, whenever the other wakes up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from allele.store import Catalogue, Fact, FencedError, PopulationStore, Writer
+
+PUBLISHER = Path(__file__).with_name("publisher.py")
+
+
+def visible(store: PopulationStore) -> list[tuple[str, int | None, int]]:
+    return [(f.member, f.revision, f.fence) for f in store.catalogue.facts()]
+
+
+def freeze_before_append(writer: Writer, monkeypatch: pytest.MonkeyPatch, while_frozen: Callable[[], None]) -> None:
+    """Run `while_frozen` once, after the writer has looked at its fence and before it appends."""
+    objects = writer._catalogue.objects
+    create = objects.create
+    once = threading.Lock()
+
+    def pause(path: str, data: bytes) -> None:
+        create(path, data)
+        if once.acquire(blocking=False):
+            while_frozen()
+
+    monkeypatch.setattr(objects, "create", pause)
+
+
+def test_the_older_writer_is_refused(store: PopulationStore, committed: Callable[..., Fact]) -> None:
+    old = store.catalogue.start("run")
+    old.commit(1, [committed("a", 1)])
+    new = store.catalogue.start("run")
+    assert new.fence > old.fence
+    with pytest.raises(FencedError, match="expected fence 1 to be the newest, found 2"):
+        old.commit(2, [committed("a", 2)])
+    new.commit(2, [committed("a", 2)])
+    assert visible(store) == [("a", 1, 1), ("a", 2, 2)]
+
+
+def test_a_writer_that_wakes_after_its_successor_committed_is_refused(
+    store: PopulationStore, committed: Callable[..., Fact]
+) -> None:
+    old = store.catalogue.start("run")
+    new = store.catalogue.start("run")
+    new.commit(1, [committed("a", 1, metrics={"by": 2.0})])
+    for step in (1, 2):  # the step that the successor has, and the next one
+        with pytest.raises(FencedError):
+            old.commit(step, [committed("a", step, metrics={"by": 1.0})])
+    assert [dict(f.metrics) for f in store.catalogue.facts()] == [{"by": 2.0}]
+
+
+def test_a_writer_frozen_between_its_look_and_its_append_is_refused(
+    store: PopulationStore, committed: Callable[..., Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = store.catalogue.start("run")
+    successors: list[Writer] = []
+    freeze_before_append(old, monkeypatch, lambda: successors.append(store.catalogue.start("run")))
+    with pytest.raises(FencedError):
+        old.commit(1, [committed("a", 1)])
+    assert visible(store) == []
+    successors[0].commit(1, [committed("a", 1)])
+    assert visible(store) == [("a", 1, 2)]
+
+
+def test_a_writer_frozen_while_its_successor_commits_the_same_step_is_refused(
+    store: PopulationStore, committed: Callable[..., Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = store.catalogue.start("run")
+
+    def succeed() -> None:
+        store.catalogue.start("run").commit(1, [committed("a", 1)])
+
+    freeze_before_append(old, monkeypatch, succeed)
+    with pytest.raises(FencedError):
+        old.commit(1, [committed("a", 1)])
+    assert visible(store) == [("a", 1, 2)]
+
+
+def test_readers_of_the_same_catalogue_do_not_move_a_writers_snapshot(
+    store: PopulationStore, committed: Callable[..., Fact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = store.catalogue.start("run")
+
+    def succeed_and_read() -> None:
+        Catalogue.open(store.objects).start("run")
+        store.catalogue.version()
+
+    freeze_before_append(old, monkeypatch, succeed_and_read)
+    with pytest.raises(FencedError):
+        old.commit(1, [committed("a", 1)])
+    assert visible(store) == []
+
+
+def test_another_run_does_not_fence(store: PopulationStore, committed: Callable[..., Fact]) -> None:
+    one = store.catalogue.start("one")
+    other = store.catalogue.start("other")
+    one.commit(1, [committed("a", 1)])
+    other.commit(1, [committed("b", 1)])
+    assert sorted(visible(store)) == [("a", 1, 1), ("b", 1, 1)]
+
+
+def test_writers_starting_at_once_get_different_fences(store: PopulationStore) -> None:
+    store.catalogue.start("earlier")  # so that the table is there
+    fences: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: fences.append(Catalogue.open(store.objects).start("run").fence))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(fences)) == 4
+
+
+def test_eight_runs_publish_at_once_and_lose_nothing(store_url: str, store: PopulationStore) -> None:
+    steps, runs = 3, 8
+    names = {f"run-{run}": [f"r{run}-{i}" for i in range(2)] for run in range(runs)}
+    publishers = [f"{run}={','.join(members)}" for run, members in names.items()]
+    processes = [  # two runs in each, as starting eight interpreters is what would take long
+        subprocess.Popen([sys.executable, PUBLISHER, store_url, *publishers[i : i + 2], "--steps", str(steps)])
+        for i in range(0, runs, 2)
+    ]
+    assert [p.wait(120) for p in processes] == [0] * len(processes)
+    found = sorted((f.member, f.revision) for f in store.catalogue.facts())
+    assert found == sorted((m, step + 1) for members in names.values() for m in members for step in range(steps))
+    committed = [f.weights for f in store.catalogue.facts() if f.weights]
+    assert len(store.read_many(committed)) == runs * steps * 2

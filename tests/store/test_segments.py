@@ -1,0 +1,86 @@
+"""Members of a segment are read alone or together, by range, as they were written."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+
+import pytest
+
+from allele.protocol.errors import InvalidRequest
+from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore
+
+
+def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
+    written = {f"m{i}": os.urandom(1000 + i) for i in range(20)}
+    ranges = store.write_segment(written)
+    assert len({r.path for r in ranges.values()}) == 1
+    assert next(iter(ranges.values())).path.startswith("segments/")
+    assert {m: store.read(r) for m, r in ranges.items()} == written
+    assert {m: r.digest for m, r in ranges.items()} == {m: hashlib.sha256(b).hexdigest() for m, b in written.items()}
+
+
+def test_read_many_keeps_the_order_asked_for_across_segments(store: PopulationStore) -> None:
+    first = store.write_segment({"a": b"alpha", "b": b"beta"})
+    second = store.write_segment({"c": memoryview(b"gamma")}, kind="states")
+    wanted = [second["c"], first["b"], first["a"], second["c"]]
+    assert store.read_many(wanted) == [b"gamma", b"beta", b"alpha", b"gamma"]
+    assert second["c"].path.startswith("states/")
+
+
+def test_async_reads_give_the_same(store: PopulationStore) -> None:
+    ranges = store.write_segment({f"m{i}": os.urandom(500) for i in range(8)})
+
+    async def read() -> tuple[bytes, list[bytes]]:
+        return await store.aread(ranges["m3"]), await store.aread_many(list(ranges.values()))
+
+    one, many = asyncio.run(read())
+    assert one == store.read(ranges["m3"])
+    assert many == store.read_many(list(ranges.values()))
+
+
+def test_segments_larger_than_a_part_are_whole(store: PopulationStore) -> None:
+    written = {f"m{i}": os.urandom(5_000_000) for i in range(5)}
+    ranges = store.write_segment(written)
+    assert store.objects.head(ranges["m0"].path).size == 25_000_000
+    assert store.read_many([ranges[m] for m in written]) == list(written.values())
+
+
+def test_an_empty_segment_is_not_written(store: PopulationStore) -> None:
+    assert store.write_segment({}) == {}
+    assert list(store.objects.list()) == []
+
+
+def test_objects_are_created_once_listed_and_deleted(store_url: str) -> None:
+    folder = Objects.open(store_url).at("a folder/ü")
+    folder.create("x/1", b"one")
+    with pytest.raises(AlreadyExists, match="x/1"):
+        folder.create("x/1", b"two")
+    folder.put("x/2", [b"tw", b"o"])
+    assert folder.get("x/1") == b"one"
+    assert sorted((i.path, i.size) for i in folder.list("x")) == [("x/1", 3), ("x/2", 3)]
+    folder.delete(["x/1", "x/never"])
+    with pytest.raises(ObjectNotFound, match="x/1"):
+        folder.get("x/1")
+
+
+@pytest.mark.parametrize("url", ["http://bucket/x", "s3://", "file://", "file:///", "/tmp/x", "file://host/dir"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected s3://bucket/prefix or file:///dir"):
+        Objects.open(url)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a@1", "a:b", "a\n", "-a", "x" * 64, "ünder", "a b"])
+def test_bad_member_names_are_refused_before_anything_is_written(store: PopulationStore, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="member: expected"):
+        store.write_segment({name: b"data"})
+    assert list(store.objects.list()) == []
+
+
+@pytest.mark.parametrize(
+    ("namespace", "population"), [("Team", "users"), ("team", "a/b"), ("", "users"), ("bases", "users")]
+)
+def test_bad_namespaces_and_populations_are_refused(store_url: str, namespace: str, population: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^(namespace|population): "):
+        PopulationStore.open(store_url, namespace=namespace, population=population)
