@@ -1,0 +1,200 @@
+"""User code: found and checked before the run, and never able to hurt it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from driver_parts import BASE
+
+from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments.calls import Start
+from allele_driver.environments.load import EnvironmentLoadError, code_digest, load_class
+from allele_driver.environments.scoring import Dropped, EnvironmentFailed, Scorer
+from allele_driver.failures import Failures
+from allele_driver.rollouts import Drawn
+
+CODE = """
+import os, time
+from allele_driver.environments import Score
+
+
+class Good:
+    def __init__(self, tokenizer, factor=1.0):
+        self.tokenizer, self.factor = tokenizer, factor
+
+    def prompts(self, member, rng, n, held_out):
+        print("user code may print")
+        return ["".join(rng.sample("abcdef", 3)) + "=" for _ in range(n)]
+
+    def score(self, member, prompt, completion):
+        return Score(self.factor * len(completion.text), {"tokens": len(completion.ids)})
+
+
+class Naughty(Good):
+    def prompts(self, member, rng, n, held_out):
+        if member.name == "wordless":
+            raise LookupError("no words")
+        return super().prompts(member, rng, n, held_out)[: n - (member.name == "short")]
+
+    def score(self, member, prompt, completion):
+        print("and print again")
+        if completion.text == "a":
+            raise RuntimeError("letter a")
+        if completion.text == "b":
+            time.sleep(100)
+        if completion.text == "c":
+            os._exit(3)
+        if completion.text == "d":
+            return "one"
+        return 1
+
+
+class Misspelt:
+    def __init__(self, tokenizer): ...
+    def prompt(self, member, rng, n, held_out): ...
+    def score(self, member, prompt, completion): ...
+
+
+class TooFew(Good):
+    def score(self, prompt, completion): ...
+
+
+class Async(Good):
+    async def score(self, member, prompt, completion): ...
+
+
+not_a_class = 3
+"""
+MEMBER = MemberView("m", "g", 0, {})
+LETTERS = {"a": 3, "b": 4, "c": 5, "d": 6, "e": 7}
+
+
+@pytest.fixture(autouse=True)
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module `user_code` on the path of this process and of workers."""
+    (tmp_path / "user_code.py").write_text(CODE)
+    (tmp_path / "unimportable.py").write_text("import no_such_library\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "user_code", raising=False)
+    return tmp_path
+
+
+@pytest_asyncio.fixture
+async def scorer() -> AsyncIterator[Callable[..., Scorer]]:
+    made: list[Scorer] = []
+
+    def make(path: str, *, timeout: float = 20.0, **parameters: object) -> Scorer:
+        made.append(Scorer(Start(path, parameters, (BASE / "tokenizer.json").read_text(), (1,)), timeout=timeout))
+        return made[-1]
+
+    yield make
+    for s in made:
+        await s.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("no_such_module:Good", "importable module 'no_such_module' on the run's code path, found ModuleNotFoundError"),
+        ("unimportable:Good", "No module named 'no_such_library'"),
+        ("user_code:Missing", "expected a class 'Missing', found NoneType"),
+        ("user_code:not_a_class", "expected a class 'not_a_class', found int"),
+        (
+            "user_code:Misspelt",
+            "expected prompts(self, member, rng, n, held_out) -> list[Prompt | str], found no method",
+        ),
+        (
+            "user_code:TooFew",
+            "expected score(self, member, prompt, completion) -> Score | float, found TooFew.score(self",
+        ),
+        ("user_code:Async", "found an async method Async.score"),
+        ("nothing-installed", "module:Class or an entry point of group 'allele.environments'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_path_module_and_signature(path: str, expected: str) -> None:
+    with pytest.raises(EnvironmentLoadError) as refused:
+        load_class(path)
+    assert expected in str(refused.value)
+    assert f"environment {path!r}" in str(refused.value)
+
+
+def test_the_digest_of_code_follows_its_source(code: Path) -> None:
+    before = code_digest("user_code:Good")
+    assert before == code_digest("user_code:Naughty")
+    (code / "user_code.py").write_text(CODE + "# changed\n")
+    assert code_digest("user_code:Good") != before
+
+
+async def test_a_constructor_that_refuses_its_parameters_is_an_error_at_start(scorer: Callable[..., Scorer]) -> None:
+    with pytest.raises(EnvironmentLoadError, match=r"accept parameters \['colour'\].*unexpected keyword"):
+        await scorer("user_code:Good", colour="red").start()
+
+
+async def test_prompts_follow_from_the_seed(scorer: Callable[..., Scorer]) -> None:
+    good = scorer("user_code:Good")
+    first = await good.prompts(MEMBER, seed=1, n=3, held_out=False)
+    assert first == await good.prompts(MEMBER, seed=1, n=3, held_out=False)
+    assert first != await good.prompts(MEMBER, seed=2, n=3, held_out=False)
+    assert all(len(p.ids) == 4 and p.ids[-1] == 2 for p in first)
+
+
+async def test_scores_see_the_text_and_the_parameters(scorer: Callable[..., Scorer]) -> None:
+    good = scorer("user_code:Good", factor=0.5)
+    assert await good.scores([item("ab"), item("abc")]) == [
+        Score(1.0, {"tokens": 3.0}),
+        Score(1.5, {"tokens": 4.0}),
+    ]
+
+
+async def test_a_sample_whose_scoring_raises_hangs_or_dies_is_dropped_alone(
+    scorer: Callable[..., Scorer], caplog: pytest.LogCaptureFixture
+) -> None:
+    naughty = scorer("user_code:Naughty", timeout=1.0)
+    await naughty.start()
+    found = await naughty.scores([item(c) for c in "eaebecede"])
+    assert [f.reason if isinstance(f, Dropped) else f.reward for f in found] == [
+        1.0, "raised", 1.0, "hung", 1.0, "died", 1.0, "raised", 1.0,
+    ]  # fmt: skip
+    assert "letter a" in caplog.text and "Traceback" in caplog.text
+    assert "expected a number or a Score, found str" in caplog.text
+
+
+async def test_a_member_that_always_hangs_costs_a_few_timeouts_only(scorer: Callable[..., Scorer]) -> None:
+    naughty = scorer("user_code:Naughty", timeout=0.3)
+    await naughty.start()
+    other = MemberView("other", "g", 1, {})
+    found = await naughty.scores([*[item("b")] * 50, *[item("e", other)] * 2])
+    reasons = [f.reason for f in found if isinstance(f, Dropped)]
+    assert (reasons.count("hung"), reasons.count("skipped")) == (3, 47)
+    assert found[50:] == [Score(1.0), Score(1.0)]
+
+
+async def test_prompts_that_fail_are_told_with_the_traceback(scorer: Callable[..., Scorer]) -> None:
+    naughty = scorer("user_code:Naughty")
+    with pytest.raises(EnvironmentFailed, match=r"(?s)prompts of wordless: LookupError: no words.*Traceback"):
+        await naughty.prompts(MemberView("wordless", "g", 0, {}), seed=1, n=2, held_out=False)
+    with pytest.raises(EnvironmentFailed, match="expected 2, found 1"):
+        await naughty.prompts(MemberView("short", "g", 0, {}), seed=1, n=2, held_out=False)
+    assert len(await naughty.prompts(MEMBER, seed=1, n=2, held_out=False)) == 2
+
+
+def test_a_member_stops_after_two_bad_steps_in_a_row() -> None:
+    failures = Failures()
+    failures.note("m", dropped={"raised": 20}, samples=32)
+    failures.note("m", dropped={"raised": 16}, samples=32)
+    failures.note("m", dropped={"hung": 17}, samples=32)
+    assert not failures.stopped
+    failures.note("other", dropped={}, samples=32)
+    failures.note("m", dropped={"hung": 3, "skipped": 29}, samples=32)
+    assert failures.stopped.keys() == {"m"}
+    assert "3 hung, 29 skipped" in failures.stopped["m"]
+
+
+def item(text: str, member: MemberView = MEMBER) -> tuple[MemberView, Prompt, Drawn]:
+    ids = (*(LETTERS[c] for c in text), 1)
+    return member, Prompt(text="abc=", ids=(3, 4, 5, 2)), Drawn(ids, (0.0,) * len(ids), "stop")
