@@ -5,8 +5,11 @@ set -euo pipefail
 . "$(dirname "$0")/env.sh"
 . "$HERE/lib/process.sh"
 
-# boto3 is for pods only; the host makes and empties the bucket with what curl knows of S3
-s3() { curl -sS --fail --aws-sigv4 aws:amz:us-east-1:s3 --user "$S3_KEY:$S3_SECRET" -o /dev/null "$@"; }
+# boto3 is for pods only; the host makes and empties the bucket with what curl knows of S3 (which leaves out the digest of no content)
+NOTHING=$(sha256sum </dev/null | cut -d' ' -f1)
+s3() {
+  curl -sS --fail --aws-sigv4 aws:amz:us-east-1:s3 --user "$S3_KEY:$S3_SECRET" -H "x-amz-content-sha256: $NOTHING" -o /dev/null "$@"
+}
 clean() {
   k delete namespace selftest --ignore-not-found --timeout=60s >/dev/null
   s3 -X DELETE "$S3_URL/selftest/k" 2>/dev/null || true

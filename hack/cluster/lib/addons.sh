@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What runs in or beside the cluster: CoreDNS, the S3 server, JobSet.
 
-apply() { render "$HERE/manifests/$1" | k apply -f - >/dev/null; }
+apply() { render "$HERE/manifests/$1" | k apply -f - >/dev/null || fail "could not apply manifests/$1"; }
 await_deployment() { # NAMESPACE NAME
   k -n "$1" rollout status "deployment/$2" --timeout=120s >/dev/null ||
     fail "deployment $2 in $1 is not ready; see: kubectl -n $1 describe pods"
@@ -26,10 +26,11 @@ helm() {
     HELM_DATA_HOME=$CLUSTER_DIR/helm "$(tool helm)/helm" "$@"
 }
 install_jobset() {
-  # "deployed" and not merely known: an installation that was killed half way is done again
-  ! helm status jobset -n jobset-system 2>/dev/null | grep -q '^STATUS: deployed' || return 0
+  [[ $(helm status jobset -n jobset-system 2>/dev/null) != *"STATUS: deployed"* ]] || return 0
+  # an installation that was killed half way can be neither continued nor upgraded
+  helm uninstall jobset -n jobset-system --ignore-not-found >"$LOG/helm-jobset.log" 2>&1
   wait_for image-jobset 60 has_image localhost/jobset:local
-  helm upgrade --install jobset "$(tool jobset)/chart" -n jobset-system --create-namespace \
+  helm install jobset "$(tool jobset)/chart" -n jobset-system --create-namespace \
     -f "$HERE/manifests/jobset-values.yaml" >"$LOG/helm-jobset.log" 2>&1 ||
     fail "helm could not install JobSet: $(tail -n 3 "$LOG/helm-jobset.log")"
 }

@@ -35,7 +35,7 @@ pod_namespaces() { # DIR
     grep -oE 'netns/cni-[0-9a-f-]+' | sed 's,netns/,,' || true
   for file in /run/netns/cni-*; do
     name=$(basename "$file")
-    if ip -n "$name" -4 -o addr show to "$POD_NET" 2>/dev/null | grep -q .; then echo "$name"; fi
+    if [ -n "$(ip -n "$name" -4 -o addr show to "$POD_NET" 2>/dev/null)" ]; then echo "$name"; fi
   done
 }
 remove_pod_namespaces() { # DIR
@@ -64,15 +64,16 @@ end_node() {
 }
 
 remove_rules() {
-  local chain proxy
+  local chain proxy rules
   proxy=$(tool kubernetes)/kube-proxy
   if [ -x "$proxy" ]; then
     "$proxy" --cleanup >/dev/null 2>&1 || true
-  elif iptables-save 2>/dev/null | grep -q '^:KUBE-'; then
+  elif [[ $(iptables-save 2>/dev/null) == *:KUBE-* ]]; then
     echo "no $proxy: the iptables chains KUBE-* stay until tools.sh and down.sh, or a reboot" >&2
   fi
   # --cleanup leaves this chain, which it shares with a kubelet that fills it; ours does not
-  if iptables -w -S KUBE-FIREWALL >/dev/null 2>&1 && ! iptables -w -S KUBE-FIREWALL | grep -q -- '^-A'; then
+  rules=$(iptables -w -S KUBE-FIREWALL 2>/dev/null || true)
+  if [ -n "$rules" ] && [[ $rules != *"-A "* ]]; then
     for chain in INPUT OUTPUT; do iptables -w -D $chain -j KUBE-FIREWALL 2>/dev/null || true; done
     iptables -w -X KUBE-FIREWALL
   fi
