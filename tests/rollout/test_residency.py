@@ -27,10 +27,11 @@ class Rules:
     def __init__(self) -> None:
         self.loaded: set[str] = set()
         self.used: Counter[str] = Counter()
-        self.most = self.loads = 0
+        self.most = self.loads = self.attempts = 0
         self.calls: list[list[str | None]] = []
 
     async def load(self, name: str, folder: str) -> None:
+        self.attempts += 1
         await asyncio.sleep(random.random() / 500)
         assert (Path(folder) / WEIGHTS).exists(), "the folder vanished while it was being loaded"
         if name in self.loaded:
@@ -81,6 +82,10 @@ class Shelf:
         return Adapter(AdapterName("team", "styles", f"m{i}", 1), packed, read)
 
 
+def entries(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()]
+
+
 def residency(rules: Rules, folder: Path, *, capacity: int, disk: int = 1 << 20) -> Residency:
     return Residency(rules, FolderCache(folder, capacity=disk), capacity=capacity, on_event=lambda _: None)
 
@@ -115,7 +120,7 @@ async def test_many_who_want_one_adapter_load_it_once(tmp_path: Path) -> None:
             assert held.names[shelf[0]] in rules.loaded
 
     await asyncio.gather(*(client() for _ in range(20)))
-    assert rules.loads == 1 and shelf.reads[0] == 1
+    assert rules.attempts == 1 and shelf.reads[0] == 1
 
 
 async def test_a_failed_load_fails_alone_and_may_be_tried_again(tmp_path: Path) -> None:
@@ -167,10 +172,10 @@ async def test_the_disk_tier_stays_within_its_bytes_and_survives_a_crash(tmp_pat
     for i in range(6):
         async with cache.folder(shelf[i].packed, shelf[i].read):
             pass
-    assert len(list(tmp_path.iterdir())) == len(cache) == 3 and cache.size <= 350
+    assert len(entries(tmp_path)) == len(cache) == 3 and cache.size <= 350
     (tmp_path / ".tmp-left-by-a-crash").mkdir()
     again = FolderCache(tmp_path, capacity=350)
-    assert len(again) == 3 and not list(tmp_path.glob(".tmp*"))
+    assert len(again) == len(entries(tmp_path)) == 3
     async with again.folder(shelf[5].packed, shelf[5].read):
         assert shelf.reads[5] == 1
         with pytest.raises(Overloaded):

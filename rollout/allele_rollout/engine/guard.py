@@ -62,10 +62,11 @@ def remember_manager(_result: Any, tokenizer_manager: Any) -> None:
 
 async def wait_for_requests(registry: Any, lora_id: str) -> None:
     """Return when no request that is really there uses the adapter, whatever its count says."""
-    while any(_uses(state.obj.lora_id, lora_id) for m in _managers for state in list(m.rid_to_state.values())):
+    while _in_use(lora_id):  # noqa: ASYNC110  requests end without telling anyone
         await asyncio.sleep(_LOOK_AGAIN)
     asyncio.get_running_loop().call_later(_LATE, registry._counters.pop, lora_id, None)
 
 
-def _uses(ids: str | list[str | None] | None, lora_id: str) -> bool:
-    return ids == lora_id or (isinstance(ids, list) and lora_id in ids)
+def _in_use(lora_id: str) -> bool:
+    used = (state.obj.lora_id for manager in _managers for state in list(manager.rid_to_state.values()))
+    return any(ids == lora_id or (isinstance(ids, list) and lora_id in ids) for ids in used)

@@ -40,18 +40,19 @@ class EngineWatch:
         self._patience = patience
         self._clock = clock
         self._wake = asyncio.Event()
+        self._problem = "not asked yet"
         self.state: State = "Starting"
         self.info: EngineInfo | None = None
 
     def require(self) -> None:
         """Raises Unavailable unless the engine answers."""
         if self.state != "Ready":
-            raise Unavailable(f"engine: expected Ready, found {self.state}: see /healthz", retry_after=2.0)
+            raise Unavailable(f"engine: expected Ready, found {self.state}: {self._problem}", retry_after=2.0)
 
     def suspect(self) -> None:
         """A request met a dead engine: unhealthy at once, not at the next look."""
         if self.state == "Ready":
-            self.state = "Failed"
+            self.state, self._problem = "Failed", "a request got no answer"
         self._wake.set()
 
     async def run(self) -> None:
@@ -60,8 +61,10 @@ class EngineWatch:
                 await self._look()
             except ProtocolError as e:
                 if self.state == "Ready":
-                    _log.warning("The engine stopped answering: %s", e)
                     self.state = "Failed"
+                if str(e) != self._problem:
+                    _log.warning("The engine is not ready: %s", e)
+                self._problem = str(e)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._interval)
             self._wake.clear()
