@@ -175,13 +175,13 @@ class Cluster:
 
     def controllers(self) -> bool:
         """One step of everybody else. True when it changed anything."""
-        before = copy.deepcopy(self._objects)
+        before = json.dumps(list(self._objects.values()))
         for ref in self.refs("JobSet"):
             self._job_set(self._objects[ref])
         for ref in self.refs("Job"):
             self._job(self._objects[ref])
         self._collect()
-        return before != self._objects
+        return before != json.dumps(list(self._objects.values()))
 
     def converge(self, rounds: int = 40) -> None:
         """Everybody works until nothing moves; fails when that takes more rounds."""

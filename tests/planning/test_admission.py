@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from planning.cluster import Cluster
@@ -56,15 +57,18 @@ def _ready(*runs: Obj) -> Cluster:
     return cluster
 
 
-@given(runs=RUNS, schedule=st.lists(st.integers(0, 7), max_size=80))
-def test_overlapping_runs_never_both_have_a_driver(runs: list[Any], schedule: list[int]) -> None:
-    """Two workers: each plans, and executes its actions one by one while the other does the same."""
+@given(runs=RUNS, schedule=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
+def test_overlapping_runs_never_both_have_a_driver(runs: list[Any], schedule: list[tuple[int, bool]]) -> None:
+    """Workers plan and execute action by action, each while the others do; users suspend and resume meanwhile."""
     cluster = _ready(*(run(f"r{i}", groups=g, created=t) for i, (g, t) in enumerate(runs)))
     open_plans: dict[Ref, list[Any]] = {}
     refs = cluster.refs("RLRun")
-    for step in schedule:
+    for step, toggle in schedule:
         ref = refs[step % len(refs)]
-        if open_plans.get(ref):
+        if toggle:
+            suspended = cluster.raw("RLRun", ref.name)["spec"]["suspend"]
+            cluster.edit("RLRun", ref.name, {"spec": {"suspend": not suspended}})
+        elif open_plans.get(ref):
             todo = open_plans[ref].pop(0)
             if isinstance(todo, Plan):
                 cluster.write_status(ref, todo)
@@ -74,9 +78,43 @@ def test_overlapping_runs_never_both_have_a_driver(runs: list[Any], schedule: li
         else:
             decided = cluster.decide(ref)
             open_plans[ref] = [*decided.actions, decided]
+    for ref in refs:
+        cluster.edit("RLRun", ref.name, {"spec": {"suspend": False}})
+    _all_get_their_turn(cluster)
+
+
+def _all_get_their_turn(cluster: Cluster) -> None:
+    for _ in cluster.refs("RLRun"):
+        cluster.converge()
+        _apart(cluster)
+        for name in _with_job(cluster):
+            cluster.finish(name)
     cluster.converge()
-    _apart(cluster)
     assert cluster.at_rest()
+    assert {cluster.raw("RLRun", r.name)["status"]["phase"] for r in cluster.refs("RLRun")} == {"Succeeded"}
+    assert all(not cluster.raw("RLRun", r.name)["metadata"]["finalizers"] for r in cluster.refs("RLRun"))
+
+
+@pytest.mark.parametrize("replanned", [("early", "late"), ("late", "early"), ("both",)])
+def test_of_two_that_announced_themselves_at_once_the_later_withdraws(replanned: tuple[str, ...]) -> None:
+    cluster = _ready(run("early", suspend=True), run("late"))
+    early, late = Ref("RLRun", "ns", "early"), Ref("RLRun", "ns", "late")
+    announcing = [cluster.decide(late)]
+    cluster.edit("RLRun", "early", {"spec": {"suspend": False}})
+    announcing.append(cluster.decide(early))
+    for decided in announcing:
+        assert [type(a).__name__ for a in decided.actions] == ["AddFinalizer"]
+        cluster.execute(decided.actions[0])
+    if replanned == ("both",):
+        for decided in [cluster.decide(early), cluster.decide(late)]:
+            for action in decided.actions:
+                cluster.execute(action)
+    else:
+        for name in replanned:
+            cluster.reconcile(Ref("RLRun", "ns", name))
+    _apart(cluster)
+    cluster.converge()
+    assert _with_job(cluster) == ["early"]
 
 
 @given(runs=RUNS, order=st.randoms(use_true_random=False))
@@ -101,14 +139,7 @@ def test_the_earlier_run_goes_first_whoever_is_planned_first(runs: list[Any], or
 
 @given(runs=RUNS)
 def test_every_run_gets_its_turn(runs: list[Any]) -> None:
-    cluster = _ready(*(run(f"r{i}", groups=g, created=t) for i, (g, t) in enumerate(runs)))
-    for _ in runs:
-        cluster.converge()
-        for name in _with_job(cluster):
-            cluster.finish(name)
-    cluster.converge()
-    assert {cluster.raw("RLRun", r.name)["status"]["phase"] for r in cluster.refs("RLRun")} == {"Succeeded"}
-    assert all(not cluster.raw("RLRun", r.name)["metadata"]["finalizers"] for r in cluster.refs("RLRun"))
+    _all_get_their_turn(_ready(*(run(f"r{i}", groups=g, created=t) for i, (g, t) in enumerate(runs))))
 
 
 def test_a_waiting_run_names_the_holder_and_starts_when_it_ends() -> None:
