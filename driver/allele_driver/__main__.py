@@ -18,7 +18,7 @@ import prometheus_client
 
 from allele.protocol.bundle import RunBundle
 from allele.protocol.errors import InvalidRequest, StaleEpoch
-from allele.protocol.serving import Gate
+from allele.protocol.serving import Gate, GatewayStatus
 from allele.store import FencedError, PopulationStore, StoreRefused
 from allele_driver import logs, wire
 from allele_driver.environments.scoring import EnvironmentFailed
@@ -29,6 +29,7 @@ from allele_driver.loop.probes import with_probes
 from allele_driver.loop.rollout import Roller
 from allele_driver.loop.run import Equipment, Run, RunFailed
 from allele_driver.loop.tally import Tally
+from allele_driver.loop.voice import Voice
 from allele_driver.members import InvalidInput, parts_of
 from allele_driver.patience import Patience, Stopping
 from allele_driver.report import Reporter
@@ -166,6 +167,7 @@ async def _drive(
             patience=patience,
         )
         info, status = await trainer.info(), await gateways.status()
+        check_base(status, bundle)
         roller = Roller(gateways, run=bundle.run_uid, stop=base.tokenizer.stop_token_ids)
         equipment = Equipment(
             trainer=trainer,
@@ -180,13 +182,18 @@ async def _drive(
                     torch=info.torch, megatron_core=info.megatron_core, sglang=status.engine_version
                 ),
             ),
-            tally=tally,
-            reporter=reporter,
+            voice=Voice(tally, reporter),
             stopping=stopping,
         )
         return await Run(equipment, await with_probes(active, roller, ledger, facts)).run()
     finally:
         await asyncio.gather(*(a.scorer.close() for a in active))
+
+
+def check_base(status: GatewayStatus, bundle: RunBundle) -> None:
+    expected = bundle.population_spec.base.digest
+    if status.base_digest != expected:
+        raise InvalidInput(f"base: expected digest {expected} in the rollouts, found {status.base_digest}")
 
 
 def gate_of(bundle: RunBundle) -> Gate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from allele_driver.advantages import group_normalised, usable
 from allele_driver.environments import Prompt
@@ -58,14 +59,19 @@ class Rollouts:
     dropped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     """Member → reason (raised, hung, not finite, sampling) → samples."""
 
+    @functools.cached_property
+    def _by_member(self) -> dict[str, list[PromptGroup]]:
+        found: dict[str, list[PromptGroup]] = {}
+        for g in self.groups:
+            found.setdefault(g.member, []).append(g)
+        return found
+
     def of(self, member: str) -> list[PromptGroup]:
-        return [g for g in self.groups if g.member == member]
+        return self._by_member.get(member, [])
 
     def mean_rewards(self) -> dict[str, float]:
         """By member, of samples that were scored; members without any are left out."""
-        rewards: dict[str, list[float]] = {}
-        for g in self.groups:
-            rewards.setdefault(g.member, []).extend(g.kept_rewards())
+        rewards = {m: [r for g in groups for r in g.kept_rewards()] for m, groups in self._by_member.items()}
         return {m: sum(r) / len(r) for m, r in rewards.items() if r}
 
 

@@ -3,8 +3,8 @@
     driver ── Start, Draw, Judge ──► worker (user code)
            ◄── Drawn, Score, Failed ──
 
-Calls go one at a time, each under the timeout. A worker that passes it, or dies, is replaced; the sample that it was
-busy with is dropped, later ones are scored by the new one.
+Calls are answered in order, each within the timeout after the one before. A worker that takes longer, or dies, is
+replaced; the sample that it was busy with is dropped, later ones are scored by the new one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from allele_driver.environments import MemberView, Prompt, Score
@@ -30,6 +30,12 @@ START_SECONDS = 120.0
 
 HANGS_PER_MEMBER = 3
 """Hung samples of a member in one batch after which its others are dropped unscored: each costs the whole timeout."""
+
+
+WINDOW = 64
+"""Samples sent before the first answer is awaited: a round trip for each costs more than most rewards."""
+
+Item = tuple[MemberView, Prompt, DrawnSample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +74,8 @@ class Scorer:
         )
         self._process = process
         try:
-            answer = await asyncio.wait_for(self._exchange(process, self._start), START_SECONDS)
+            self._send(process, self._start)
+            answer = await asyncio.wait_for(self._receive(process), START_SECONDS)
         except (TimeoutError, EOFError) as e:
             await self.close()
             raise EnvironmentLoadError(
@@ -93,47 +100,65 @@ class Scorer:
     async def prompts(self, member: MemberView, *, seed: int, n: int, held_out: bool) -> tuple[Prompt, ...]:
         """Raises EnvironmentFailed with the traceback of user code, or that it hung."""
         async with self._lock:
-            answer = await self._call(Draw(member, seed, n, held_out))
+            process = await self._running()
+            self._send(process, Draw(member, seed, n, held_out))
+            answer = await self._answer(process)
         if isinstance(answer, Drawn):
             return answer.prompts
         assert isinstance(answer, Failed | Dropped), f"worker: expected Drawn, found {answer!r:.200}"
         message = f"{answer.reason}\n{answer.traceback}" if isinstance(answer, Failed) else answer.message
         raise EnvironmentFailed(f"prompts of {member.name}: {message}")
 
-    async def scores(self, items: Sequence[tuple[MemberView, Prompt, DrawnSample]]) -> list[Score | Dropped]:
+    async def scores(self, items: Sequence[Item]) -> list[Score | Dropped]:
         """In the order of `items`."""
-        hangs: dict[str, int] = {}
         found: list[Score | Dropped] = []
+        hangs: dict[str, int] = {}
         async with self._lock:
-            for member, prompt, sample in items:
-                if hangs.get(member.name, 0) >= HANGS_PER_MEMBER:
-                    found.append(Dropped("skipped", f"{HANGS_PER_MEMBER} samples of {member.name} hung before it"))
+            while len(found) < len(items):
+                rest = items[len(found) :]
+                skipped = _leading(rest, lambda m: hangs.get(m, 0) >= HANGS_PER_MEMBER)
+                if skipped:
+                    found += [Dropped("skipped", f"{HANGS_PER_MEMBER} samples hung before it")] * skipped
                     continue
-                result = await self._score(member, prompt, sample)
-                if isinstance(result, Dropped):
-                    hangs[member.name] = hangs.get(member.name, 0) + (result.reason == "hung")
-                found.append(result)
+                window = rest[: min(WINDOW, _leading(rest, lambda m: hangs.get(m, 0) < HANGS_PER_MEMBER))]
+                async for result in self._window(window):
+                    member = items[len(found)][0].name
+                    found.append(self._told(member, result))
+                    if isinstance(result, Dropped) and result.reason == "hung":
+                        hangs[member] = hangs.get(member, 0) + 1
         return found
 
-    async def _score(self, member: MemberView, prompt: Prompt, sample: DrawnSample) -> Score | Dropped:
-        answer = await self._call(Judge(member, prompt, sample.ids, sample.finish))
+    async def _window(self, items: Sequence[Item]) -> AsyncIterator[Any]:
+        """Answers to some samples, sent all at once; ends early after one that hung or died."""
+        process = await self._running()
+        for member, prompt, sample in items:
+            self._send(process, Judge(member, prompt, sample.ids, sample.finish))
+        for _ in items:
+            answer = await self._answer(process)
+            yield answer
+            if isinstance(answer, Dropped):
+                return
+
+    def _told(self, member: str, answer: Any) -> Score | Dropped:
         if isinstance(answer, Score):
             return answer
         if isinstance(answer, Failed):
             answer = Dropped("raised", f"{answer.reason}\n{answer.traceback}")
         assert isinstance(answer, Dropped), f"worker: expected a Score, found {answer!r:.200}"
-        where = f"{self._start.path}.score of {member.name}"
-        log.warning("sample dropped: %s %s: %s", where, answer.reason, answer.message, extra={"member": member.name})
+        where = f"{self._start.path}.score of {member}"
+        log.warning("sample dropped: %s %s: %s", where, answer.reason, answer.message, extra={"member": member})
         return answer
 
-    async def _call(self, call: Call) -> Any:
-        """The worker's answer, or Dropped when it hung or died."""
+    async def _running(self) -> asyncio.subprocess.Process:
         if self._process is None:
             await self.start()
-        process = self._process
-        assert process is not None, "start leaves a process or raises"
+        assert self._process is not None, "start leaves a process or raises"
+        return self._process
+
+    async def _answer(self, process: asyncio.subprocess.Process) -> Any:
+        """The worker's next answer, or Dropped when it hung or died."""
         try:
-            return await asyncio.wait_for(self._exchange(process, call), self._timeout)
+            return await asyncio.wait_for(self._receive(process), self._timeout)
         except TimeoutError:
             await self.close()
             return Dropped("hung", f"no answer in {self._timeout:g} s; the worker was killed")
@@ -144,13 +169,21 @@ class Scorer:
             await self.close()  # cancelled between call and answer: the next answer would be taken for another's
             raise
 
-    async def _exchange(self, process: asyncio.subprocess.Process, call: Call) -> Any:
-        assert process.stdin is not None and process.stdout is not None, "made with pipes"
+    def _send(self, process: asyncio.subprocess.Process, call: Call) -> None:
+        """Not drained: the worker may have to be read from before it takes more."""
+        assert process.stdin is not None, "made with pipes"
+        process.stdin.write(dump(call))
+
+    async def _receive(self, process: asyncio.subprocess.Process) -> Any:
+        assert process.stdout is not None, "made with pipes"
         try:
-            process.stdin.write(dump(call))
-            await process.stdin.drain()
             head = await process.stdout.readexactly(LENGTH.size)
             data = await process.stdout.readexactly(LENGTH.unpack(head)[0])
         except (asyncio.IncompleteReadError, ConnectionError) as e:
             raise EOFError from e
         return load(data)
+
+
+def _leading(items: Sequence[Item], holds: Callable[[str], bool]) -> int:
+    """How many items from the first on are of members for which `holds`."""
+    return next((i for i, (member, _, _) in enumerate(items) if not holds(member.name)), len(items))

@@ -25,7 +25,8 @@ class Exposer:
         self._task: asyncio.Task[list[Verdict]] | None = None
         self.max_gap: float | None = None
         """Largest gap of any revision that this driver has probed."""
-        self.failures = 0
+        self.failure = ""
+        """What the last failing probe said; empty when the newest ones passed."""
 
     def begin(self, targets: Sequence[Target], *, version: int, stages: Stages) -> None:
         """Ask all replicas for verdicts on revisions that catalogue `version` holds."""
@@ -33,18 +34,23 @@ class Exposer:
         if targets:
             self._task = asyncio.create_task(self._probe(targets, version, stages))
 
-    async def finish(self, index: Index) -> list[Fact]:
-        """Exposed facts of what passed and is neither held back nor abandoned meanwhile."""
+    async def finish(self, index: Index, *, abandoned: Sequence[Fact] = ()) -> list[Fact]:
+        """Exposed facts of what passed and is neither held back nor abandoned meanwhile, or now."""
         if self._task is None:
             return []
         try:
             verdicts = await self._task
         finally:
             self._task = None
+        self.failure = ""
+        gone = {(f.member, f.revision) for f in abandoned}
         return [
             Fact(kind="Exposed", member=v.member, revision=v.revision)
             for v in verdicts
-            if self._passed(v) and index.hold(v.member) is None and not index.is_abandoned(v.member, v.revision)
+            if self._passed(v)
+            and index.hold(v.member) is None
+            and not index.is_abandoned(v.member, v.revision)
+            and (v.member, v.revision) not in gone
         ]
 
     async def cancel(self) -> None:
@@ -63,13 +69,10 @@ class Exposer:
             self.max_gap = max(self.max_gap or 0.0, verdict.max_gap)
             EXPOSURE_GAP.set(verdict.max_gap)
         if not verdict.passed:
-            self.failures += 1
-            log.warning(
-                "probe of %s@%d: %s: %s; the revision before stays exposed",
-                verdict.member,
-                verdict.revision,
-                verdict.verdict,
-                verdict.message,
-                extra={"member": verdict.member, "revision": verdict.revision, "max_gap": verdict.max_gap},
+            self.failure = (
+                f"probe of {verdict.member}@{verdict.revision}: {verdict.verdict}: {verdict.message}; "
+                "the revision before stays exposed"
             )
+            fields = {"member": verdict.member, "revision": verdict.revision, "max_gap": verdict.max_gap}
+            log.warning("%s", self.failure, extra=fields)
         return verdict.passed

@@ -10,30 +10,28 @@ import asyncio
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 
 from allele.protocol.errors import ProtocolError, SequenceGap, UnknownIncarnation
 from allele.protocol.serving import Target
 from allele.store import Fact
 from allele_driver.failures import Failures
-from allele_driver.loop import record
+from allele_driver.loop import heldout, record
 from allele_driver.loop.exposer import Exposer
 from allele_driver.loop.ledger import Ledger
+from allele_driver.loop.recorder import Recorder
 from allele_driver.loop.resume import optimizer_spec, start_point, unexposed
 from allele_driver.loop.rollout import ActivePart, Draw, Roller
 from allele_driver.loop.roster import Roster
 from allele_driver.loop.stages import Stages
-from allele_driver.loop.tally import Phase, Tally
-from allele_driver.loop.train import Trained, Turn, initialise, train
+from allele_driver.loop.train import initialise, train
+from allele_driver.loop.voice import Voice
 from allele_driver.members import InvalidInput, Member
-from allele_driver.metrics import RECOVERIES, REWARD, SKIPPED, STEP
-from allele_driver.report import Reporter
+from allele_driver.metrics import RECOVERIES
 from allele_driver.rollouts import Rollouts
 from allele_driver.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-HELDOUT = "heldout_reward"
-"""Key of the held-out reward in the metrics of facts."""
 
 RECOVERY_LIMIT = 5
 """Recoveries without a commit between them, after which the driver gives up and is restarted."""
@@ -52,8 +50,7 @@ class Equipment:
     ledger: Ledger
     exposer: Exposer
     origin: record.Origin
-    tally: Tally
-    reporter: Reporter
+    voice: Voice
     stopping: asyncio.Event
 
 
@@ -66,28 +63,31 @@ class Run:
         self._spec = self._bundle.run_spec
         self._index = equipment.ledger.index
         self._roster = Roster(active, self._spec)
+        self._recorder = Recorder(equipment.origin, equipment.ledger, self._roster)
+        self._voice = equipment.voice
         self._current: dict[str, int] = {}
         """Member → the revision that the trainer's row is."""
         self._newcomers: list[Member] = []
         self._abandoned: list[Fact] = []
         self._ahead: asyncio.Task[Rollouts] | None = None
+        self._slots = self._bundle.slots
         self._failures = Failures()
         self._recoveries = 0
         self._reached = False
         last = equipment.ledger.last_step
         self._step = -1 if last is None else last
-        equipment.tally.step = max(0, self._step)
-        equipment.tally.epoch = equipment.ledger.fence
-        equipment.tally.members = len(self._roster.members)
+        self._voice.tally.step = max(0, self._step)
+        self._voice.tally.epoch = equipment.ledger.fence
+        self._voice.tally.members = len(self._roster.members)
 
     async def run(self) -> bool:
         """Whether the run came to its end; False: it was told to stop, and can be gone on with."""
         steps = self._spec.stop.steps
         if self._step > steps:
-            self._report("Succeeded")
+            self._voice.phase("Succeeded")
             return True
         try:
-            self._report("Starting")
+            self._voice.phase("Starting")
             await self._restore()
             self._probe_waiting()
             while self._step < steps and not self._reached:
@@ -138,6 +138,7 @@ class Run:
             raise InvalidInput(
                 f"base: expected digest {bundle.population_spec.base.digest} in the trainer, found {done.base_digest}"
             )
+        self._slots = min(self._bundle.slots, done.slots)
         self._current = {p.member.name: p.revision for p in points if p.revision is not None}
         self._newcomers = [p.member for p in points if p.revision is None]
         self._abandoned = [
@@ -152,34 +153,26 @@ class Run:
         """Step 0: held-out rewards before training, and a first revision for every member without one."""
         before = await self._evaluate()
         first = await self._first_revisions(before)
-        facts = [*first, *self._abandoned, *self._restated(before, told={f.member for f in first})]
-        await self._commit(0, facts)
-        log.info("first revisions committed", extra={"step": 0, "members": len(first), HELDOUT: _mean(before)})
+        told = {f.member for f in first}
+        again = heldout.restated(before, but=told, current=self._current, index=self._index)
+        await self._commit(0, [*first, *self._abandoned, *again])
+        log.info(
+            "first revisions committed", extra={"step": 0, "members": len(first), heldout.HELDOUT: heldout.mean(before)}
+        )
 
-    async def _first_revisions(self, heldout: dict[str, float]) -> list[Fact]:
+    async def _first_revisions(self, rewards: Mapping[str, float]) -> list[Fact]:
         facts: list[Fact] = []
         for i, active in enumerate(self._roster.active):
             new = self._roster.share(i, self._newcomers)
-            if not new:
-                continue
-            exported = await initialise(
-                self._with.trainer,
-                [m.name for m in new],
-                slots=self._bundle.slots,
-                probes=active.probes,
-                stages=Stages(),
-            )
-            made = record.provenance(
-                self._with.origin, active, step=self._step + 1, shape=exported[new[0].name].shape, prompts=0, lags={}
-            )
-            sha = await self._with.ledger.write(made)
-            for m in new:
-                metrics = {HELDOUT: heldout[m.name]} if m.name in heldout else {}
-                facts.append(
-                    record.committed(
-                        m, exported[m.name], index=self._index, parent=None, provenance=sha, metrics=metrics
-                    )
+            if new:
+                exported = await initialise(
+                    self._with.trainer,
+                    [m.name for m in new],
+                    slots=self._slots,
+                    probes=active.probes,
+                    stages=Stages(),
                 )
+                facts += await self._recorder.first(i, new, exported, step=self._step + 1, rewards=rewards)
         return facts
 
     async def _train_step(self, step: int) -> None:
@@ -191,18 +184,29 @@ class Run:
         trained = await train(
             self._with.trainer,
             turns,
-            slots=self._bundle.slots,
+            slots=self._slots,
             probes={i: a.probes for i, a in enumerate(self._roster.active)},
             stages=stages,
         )
-        made = await self._step_facts(step, turns, trained, rollouts)
+        lags = record.lags(rollouts, self._current, self._index)
+        made = await self._recorder.step(step, turns, trained, rollouts, current=self._current, lags=lags)
         first = await self._first_revisions({})
         with stages("expose"):
-            exposed = await self._with.exposer.finish(self._index)
+            exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
         with stages("commit"):
             version = await self._commit(step, [*made, *first, *self._abandoned, *exposed])
         self._probe([Target(member=f.member, revision=f.revision or 0) for f in made], version=version)
-        self._tell(step, rollouts, trained, stages=stages, seconds=time.monotonic() - began)
+        self._voice.tally.policy_lag = max((lag for found in lags.values() for lag in found), default=0)
+        self._voice.step(
+            step,
+            rollouts,
+            trained,
+            failed=self._failures.stopped,
+            max_gap=self._with.exposer.max_gap,
+            message=self._with.exposer.failure,
+            stages=stages,
+            seconds=time.monotonic() - began,
+        )
 
     async def _rollouts(self, step: int, stages: Stages) -> Rollouts:
         ahead, self._ahead = self._ahead, None
@@ -236,54 +240,17 @@ class Run:
     def _ends_after(self, step: int, rollouts: Rollouts) -> bool:
         """Whether this is the last step for now; also notes that the wanted reward was reached."""
         rewards, wanted = rollouts.mean_rewards(), self._spec.stop.reward
-        self._reached = wanted is not None and bool(rewards) and (_mean(rewards) or 0.0) >= wanted
+        self._reached = wanted is not None and bool(rewards) and (heldout.mean(rewards) or 0.0) >= wanted
         return self._reached or step == self._spec.stop.steps or self._with.stopping.is_set()
-
-    async def _step_facts(
-        self, step: int, turns: list[Turn], trained: dict[str, Trained], rollouts: Rollouts
-    ) -> list[Fact]:
-        """Committed facts of members whose rows changed, and the provenance that they name."""
-        members = {m.name: m for m in self._roster.members}
-        lags = record.lags(rollouts, self._current, self._index)
-        self._with.tally.policy_lag = max((lag for found in lags.values() for lag in found), default=0)
-        facts: list[Fact] = []
-        for i, active in enumerate(self._roster.active):
-            some = [t for t in turns if t.part == i and trained[t.member].exported is not None]
-            made = {t.member: e for t in some if (e := trained[t.member].exported) is not None}
-            if not made:
-                continue
-            origin = record.provenance(
-                self._with.origin,
-                active,
-                step=step,
-                shape=next(iter(made.values())).shape,
-                prompts=sum(len(rollouts.of(t.member)) for t in some),
-                lags=record.total(lags[t.member] for t in some),
-            )
-            sha = await self._with.ledger.write(origin)
-            for t in some:
-                metrics = record.step_metrics(t, trained[t.member], rollouts, lag=max(lags[t.member]))
-                facts.append(
-                    record.committed(
-                        members[t.member],
-                        made[t.member],
-                        index=self._index,
-                        parent=self._current[t.member],
-                        provenance=sha,
-                        metrics=metrics,
-                    )
-                )
-        return facts
 
     async def _commit(self, step: int, facts: list[Fact]) -> int:
         version = await self._with.ledger.commit(step, facts)
         self._current |= {f.member: f.revision for f in facts if f.kind == "Committed" and f.revision is not None}
         self._newcomers, self._abandoned = [], []
         self._step = step
-        self._with.tally.step = step
+        self._voice.tally.step = step
         run = self._bundle.run_uid
-        self._with.tally.count(dataclasses.replace(f, run=run, step=step) for f in facts)
-        STEP.set(step)
+        self._voice.tally.count(dataclasses.replace(f, run=run, step=step) for f in facts)
         return version
 
     def _probe_waiting(self) -> None:
@@ -296,99 +263,32 @@ class Run:
 
     async def _finish(self) -> None:
         """Held-out rewards after training, and the exposures of the last step, in a commit of their own."""
-        self._report("Finishing")
-        exposed = await self._with.exposer.finish(self._index)
+        self._voice.phase("Finishing")
+        await self._cancel_ahead()
+        exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
         after = await self._evaluate()
-        told = [
-            dataclasses.replace(f, metrics={HELDOUT: after[f.member]} if f.member in after else {}) for f in exposed
-        ]
-        facts = [*told, *self._restated(after, told={f.member for f in told})]
-        await self._commit(self._spec.stop.steps + 1, facts)
-        before = self._before()
-        summary = {
-            "before": _mean(before),
-            "after": _mean(after),
-            "worst": min(after.values(), default=None),
-            "best": max(after.values(), default=None),
-            "members": {m: round(after[m], 4) for m in list(after)[:64]},
-        }
-        log.info("summary", extra={HELDOUT: summary, "progress": self._with.tally.progress().model_dump(mode="json")})
-        said = "" if not before or not after else f"held-out reward {_mean(before):.3f} → {_mean(after):.3f}"
-        self._report("Succeeded", said)
+        told = [dataclasses.replace(f, metrics=heldout.metrics_of(f.member, after)) for f in exposed]
+        again = heldout.restated(after, but={f.member for f in told}, current=self._current, index=self._index)
+        await self._commit(self._spec.stop.steps + 1, [*told, *self._abandoned, *again])
+        before = heldout.before(self._roster, self._index, run=self._bundle.run_uid)
+        found = heldout.summary(before, after)
+        progress = self._voice.tally.progress().model_dump(mode="json")
+        log.info("summary", extra={heldout.HELDOUT: found, "progress": progress})
+        said = f"held-out reward {heldout.mean(before):.3f} → {heldout.mean(after):.3f}" if before and after else ""
+        self._voice.phase("Succeeded", said)
 
     async def _evaluate(self) -> dict[str, float]:
-        """Mean reward of each member on held-out prompts, one sample each at the run's temperature."""
-        wanted = self._spec.evaluation.prompts
-        if wanted == 0:
-            return {}
-        rollouts = await self._roster.roll_out(
+        return await heldout.evaluate(
+            self._roster,
             self._with.roller,
-            [m for m in self._roster.members if m.name not in self._failures.stopped],
-            draw=lambda _: Draw(prompts=wanted, samples=1, held_out=True, salt="held-out"),
-            revisions=dict(self._current),
+            prompts=self._spec.evaluation.prompts,
+            current=dict(self._current),
+            skip=self._failures.stopped,
             version=self._index.version,
-            stages=Stages(),
         )
-        return rollouts.mean_rewards()
-
-    def _before(self) -> dict[str, float]:
-        """Held-out rewards of step 0, which an earlier driver of the run may have found."""
-        run = self._bundle.run_uid
-        first = (self._index.get(m.name, 1) for m in self._roster.members)
-        return {f.member: f.metrics[HELDOUT] for f in first if f is not None and f.run == run and HELDOUT in f.metrics}
-
-    def _restated(self, heldout: dict[str, float], *, told: set[str]) -> list[Fact]:
-        """Exposed facts said again with held-out rewards, for members whose served revision is the evaluated one."""
-        facts = []
-        for member, reward in heldout.items():
-            served = self._index.exposed(member)
-            if member in told or served is None or served.revision != self._current.get(member):
-                continue
-            if self._index.hold(member) is None:
-                facts.append(Fact(kind="Exposed", member=member, revision=served.revision, metrics={HELDOUT: reward}))
-        return facts
-
-    def _tell(
-        self, step: int, rollouts: Rollouts, trained: dict[str, Trained], *, stages: Stages, seconds: float
-    ) -> None:
-        tally = self._with.tally
-        skipped = sum(t.update.skipped for t in trained.values())
-        SKIPPED.inc(skipped)
-        tally.skipped += skipped
-        tally.dropped += sum(n for reasons in rollouts.dropped.values() for n in reasons.values())
-        tally.rewards = rollouts.mean_rewards()
-        tally.failed = dict(self._failures.stopped)
-        tally.stages = stages.finish()
-        tally.max_gap = self._with.exposer.max_gap
-        tally.durations.append(seconds)
-        REWARD.set(tally.mean_reward or 0.0)
-        self._report("Training")
-        log.info(
-            "step",
-            extra={
-                "step": step,
-                "reward": tally.mean_reward,
-                "trained": len(trained),
-                "seconds": round(seconds, 3),
-                "stages": tally.stages,
-                "logprob_gap": max((t.loss.logprob_gap for t in trained.values()), default=None),
-                "dropped": rollouts.dropped or None,
-                "committed": tally.committed,
-                "exposed": tally.exposed,
-            },
-        )
-
-    def _report(self, phase: Phase, message: str = "") -> None:
-        self._with.tally.phase = phase
-        self._with.tally.message = message
-        self._with.reporter.report(self._with.tally.progress())
 
     async def _cancel_ahead(self) -> None:
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.cancel()
             await asyncio.gather(ahead, return_exceptions=True)
-
-
-def _mean(values: dict[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None

@@ -1,0 +1,69 @@
+"""What a run says of itself while it goes: progress to whoever listens, and log lines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from allele_driver.loop.stages import Stages
+from allele_driver.loop.tally import Phase, Tally
+from allele_driver.loop.train import Trained
+from allele_driver.metrics import REWARD, SKIPPED, STEP
+from allele_driver.report import Reporter
+from allele_driver.rollouts import Rollouts
+
+log = logging.getLogger(__name__)
+
+
+class Voice:
+    """The tally of a run and where it is told."""
+
+    def __init__(self, tally: Tally, reporter: Reporter) -> None:
+        self.tally = tally
+        self._reporter = reporter
+
+    def phase(self, phase: Phase, message: str = "") -> None:
+        self.tally.phase = phase
+        self.tally.message = message
+        self._reporter.report(self.tally.progress())
+
+    def step(
+        self,
+        step: int,
+        rollouts: Rollouts,
+        trained: Mapping[str, Trained],
+        *,
+        failed: Mapping[str, str],
+        max_gap: float | None,
+        message: str,
+        stages: Stages,
+        seconds: float,
+    ) -> None:
+        """After the commit of a step."""
+        tally = self.tally
+        skipped = sum(t.update.skipped for t in trained.values())
+        SKIPPED.inc(skipped)
+        tally.skipped += skipped
+        tally.dropped += sum(n for reasons in rollouts.dropped.values() for n in reasons.values())
+        tally.rewards = rollouts.mean_rewards()
+        tally.failed = dict(failed)
+        tally.stages = stages.finish()
+        tally.max_gap = max_gap
+        tally.durations.append(seconds)
+        STEP.set(step)
+        REWARD.set(tally.mean_reward or 0.0)
+        self.phase("Training", message)
+        log.info(
+            "step",
+            extra={
+                "step": step,
+                "reward": tally.mean_reward,
+                "trained": len(trained),
+                "seconds": round(seconds, 3),
+                "stages": tally.stages,
+                "logprob_gap": max((t.loss.logprob_gap for t in trained.values()), default=None),
+                "dropped": rollouts.dropped or None,
+                "committed": tally.committed,
+                "exposed": tally.exposed,
+            },
+        )
