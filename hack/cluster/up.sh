@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings up a single-node Kubernetes of real components on this host. What runs already is left alone.
-# About half a minute from nothing, given the tools and images (made first if absent: about 20 minutes).
+# About a minute from nothing, given the tools and images (made first if absent: about 20 minutes).
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 . "$HERE/lib/process.sh"
