@@ -48,7 +48,7 @@ def stage(objects: Objects, rows: pa.Table) -> LiveFile:
     pq.write_table(rows, sink, compression="zstd")
     data = bytes(sink.getvalue())
     path = f"{ULID()}.parquet"
-    objects.create(path, data)
+    objects.put(path, data)
     return LiveFile(path, len(data), milliseconds(datetime.now(UTC)))
 
 
@@ -94,7 +94,7 @@ def _commit(
     table: DeltaTable, actions: list[AddAction | RemoveAction], transactions: Sequence[tuple[str, int]]
 ) -> None:
     table.create_write_transaction(
-        actions=actions,  # type: ignore[arg-type]  # declared for additions only, removals are documented
+        actions=actions,
         mode="append",
         schema=table.schema(),
         commit_properties=CommitProperties(

@@ -103,8 +103,12 @@ class Writer:
         time_ = _next_time(table)
         staged = None
         if facts:
-            stamp = {"run": self.run, "fence": self.fence, "time": time_}
-            stamped = [dataclasses.replace(f, **stamp, step=step if f.step is None else f.step) for f in facts]
+            stamped = (
+                dataclasses.replace(
+                    f, run=self.run, fence=self.fence, time=time_, step=step if f.step is None else f.step
+                )
+                for f in facts
+            )
             staged = delta.stage(self._catalogue.objects, rows.to_arrow(stamped))
             staged = dataclasses.replace(staged, modified=delta.milliseconds(time_))
         delta.commit(table, [(f"fence/{self.run}", self.fence), (f"run/{self.run}", step)], staged)

@@ -22,15 +22,15 @@ def visible(store: PopulationStore) -> list[tuple[str, int | None, int]]:
 def freeze_before_append(writer: Writer, monkeypatch: pytest.MonkeyPatch, while_frozen: Callable[[], None]) -> None:
     """Run `while_frozen` once, after the writer has looked at its fence and before it appends."""
     objects = writer._catalogue.objects
-    create = objects.create
+    put = objects.put
     once = threading.Lock()
 
     def pause(path: str, data: bytes) -> None:
-        create(path, data)
+        put(path, data)
         if once.acquire(blocking=False):
             while_frozen()
 
-    monkeypatch.setattr(objects, "create", pause)
+    monkeypatch.setattr(objects, "put", pause)
 
 
 def test_the_older_writer_is_refused(store: PopulationStore, committed: Callable[..., Fact]) -> None:
@@ -124,9 +124,9 @@ def test_eight_runs_publish_at_once_and_lose_nothing(store_url: str, store: Popu
     steps, runs = 3, 8
     names = {f"run-{run}": [f"r{run}-{i}" for i in range(2)] for run in range(runs)}
     publishers = [f"{run}={','.join(members)}" for run, members in names.items()]
-    processes = [  # two runs in each, as starting eight interpreters is what would take long
-        subprocess.Popen([sys.executable, PUBLISHER, store_url, *publishers[i : i + 2], "--steps", str(steps)])
-        for i in range(0, runs, 2)
+    processes = [  # four runs in each, as starting eight interpreters is what would take long
+        subprocess.Popen([sys.executable, PUBLISHER, store_url, *publishers[i : i + 4], "--steps", str(steps)])
+        for i in range(0, runs, 4)
     ]
     assert [p.wait(120) for p in processes] == [0] * len(processes)
     found = sorted((f.member, f.revision) for f in store.catalogue.facts())
