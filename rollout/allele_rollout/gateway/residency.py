@@ -25,7 +25,7 @@ from allele_rollout.gateway.client import EngineRefused
 from allele_rollout.gateway.warm import FolderCache, Packed
 
 _log = logging.getLogger(__name__)
-LOADS = 8
+LOADS = 4
 """Loads at once: the engine takes one at a time, so more only keep bytes and connections waiting."""
 
 
