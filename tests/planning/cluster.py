@@ -288,7 +288,7 @@ class Cluster:
         return {"phase": "Running", "conditions": [condition], "containerStatuses": [container]}
 
     def _collect(self) -> None:
-        """Foreground deletion, finalizers, and the garbage collector."""
+        """Finalizers, deletion (of Jobs and JobSets in the foreground), and the garbage collector."""
         for _ in range(5):
             uids = {o["metadata"]["uid"] for o in self._objects.values()}
             for ref, raw in list(self._objects.items()):
@@ -297,6 +297,9 @@ class Cluster:
                 if owners and not any(o["uid"] in uids for o in owners):
                     head.setdefault("deletionTimestamp", self._stamp())
                 if "deletionTimestamp" not in head or head.get("finalizers"):
+                    continue
+                if ref.kind in PLANNED:  # a user's deletion is in the background: children go later
+                    del self._objects[ref]
                     continue
                 children = self._children(ref.kind, ref.name, "Job") + self._children(ref.kind, ref.name, "Pod")
                 for child in children:
