@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ SLOTS = 4
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a real SGLang server."""
+    """URL of a real SGLang server; ALLELE_TEST_ENGINE names one that runs already, for working on these tests."""
+    if running := os.environ.get("ALLELE_TEST_ENGINE"):
+        yield running
+        return
     port = str(free_port())
     process = Process(
         "allele_rollout.engine",
@@ -35,9 +39,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     process.start()
     url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: process.healthy(f"{url}/model_info"), seconds=500, what="engine")
-    yield url
-    process.kill()
+    try:
+        wait_until(lambda: process.healthy(f"{url}/model_info"), seconds=550, what="engine")
+        yield url
+    finally:
+        process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +70,14 @@ def pool(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
         trainer_url=f"http://127.0.0.1:{trainer_port}",
         gateway_url=f"http://127.0.0.1:{internal}",
     )
-    gateway.start()
-    found.start_trainer()
-    wait_until(lambda: gateway.healthy(f"http://127.0.0.1:{tenant}/healthz"), seconds=200, what="gateway")
-    yield found
-    trainer.kill()
-    gateway.kill()
+    try:
+        gateway.start()
+        found.start_trainer()
+        wait_until(lambda: gateway.healthy(f"http://127.0.0.1:{tenant}/healthz"), seconds=200, what="gateway")
+        yield found
+    finally:
+        trainer.kill()
+        gateway.kill()
 
 
 @pytest.fixture

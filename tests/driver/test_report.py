@@ -42,7 +42,7 @@ async def test_an_absent_receiver_stalls_nothing(monkeypatch: pytest.MonkeyPatch
         reporter.start()
         began = time.monotonic()
         for _ in range(1000):
-            reporter.report(tally().progress())
+            reporter.report(told.progress())
             await asyncio.sleep(0)
         assert time.monotonic() - began < 5
         await reporter.close()

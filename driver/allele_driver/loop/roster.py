@@ -42,8 +42,8 @@ class Roster:
         algorithm = self.part(member).spec.algorithm
         return algorithm.prompts_per_step * algorithm.group_size
 
-    def turns(self, step: int, rollouts: Rollouts, *, last: bool) -> list[Turn]:
-        """What each member trains on; without a telling group, none. `last`: the run ends after this step."""
+    def turns(self, step: int, rollouts: Rollouts) -> list[Turn]:
+        """What each member trains on; without a telling group, none."""
         steps, size = self._spec.stop.steps, self._spec.pace.cohort
         turns = []
         for name in dict.fromkeys(g.member for g in rollouts.groups):
@@ -51,7 +51,7 @@ class Roster:
             if not rows:
                 continue
             active = self.part(name)
-            saves = last or saves_state(
+            saves = saves_state(
                 self._place[name],
                 members=len(self.members),
                 step=step,

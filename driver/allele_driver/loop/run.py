@@ -180,12 +180,15 @@ class Run:
         rollouts = await self._rollouts(step, stages)
         if self._spec.pace.max_policy_lag > 0 and step < self._spec.stop.steps:
             self._ahead = asyncio.create_task(self._roll_out(step + 1, Stages()))
-        turns = self._roster.turns(step, rollouts, last=self._ends_after(step, rollouts))
+        mean, wanted = heldout.mean(rollouts.mean_rewards()), self._spec.stop.reward
+        self._reached = mean is not None and wanted is not None and mean >= wanted
+        turns = self._roster.turns(step, rollouts)
         trained = await train(
             self._with.trainer,
             turns,
             slots=self._slots,
             probes={i: a.probes for i, a in enumerate(self._roster.active)},
+            ending=lambda: self._reached or self._with.stopping.is_set(),
             stages=stages,
         )
         lags = record.lags(rollouts, self._current, self._index)
@@ -236,12 +239,6 @@ class Run:
             version=self._index.version,
             stages=stages,
         )
-
-    def _ends_after(self, step: int, rollouts: Rollouts) -> bool:
-        """Whether this is the last step for now; also notes that the wanted reward was reached."""
-        rewards, wanted = rollouts.mean_rewards(), self._spec.stop.reward
-        self._reached = wanted is not None and bool(rewards) and (heldout.mean(rewards) or 0.0) >= wanted
-        return self._reached or step == self._spec.stop.steps or self._with.stopping.is_set()
 
     async def _commit(self, step: int, facts: list[Fact]) -> int:
         version = await self._with.ledger.commit(step, facts)

@@ -6,7 +6,7 @@ After `train` the revisions lie in segments but do not exist yet: the commit mak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from allele.protocol.commands import (
@@ -62,9 +62,13 @@ async def train(
     *,
     slots: int,
     probes: Mapping[int, Sequence[ProbeSequence]],
+    ending: Callable[[], bool],
     stages: Stages,
 ) -> dict[str, Trained]:
-    """`probes` by part. Raises UnknownIncarnation when the trainer restarted: nothing of it counts then."""
+    """`probes` by part; when the run is `ending`, every member saves its state.
+
+    Raises UnknownIncarnation when the trainer restarted: nothing of it counts then.
+    """
     trained: dict[str, Trained] = {}
     for wave in waves(turns, slots=slots):
         with stages("train"):
@@ -79,7 +83,7 @@ async def train(
             trainer,
             {part: [t.member for t in some] for part, some in _by(changed, [t.part for t in changed]).items()},
             probes=probes,
-            saves=[t.member for t in changed if t.saves_state],
+            saves=[t.member for t in changed if t.saves_state or ending()],
             stages=stages,
         )
         for t in wave:
