@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from allele.store import Fact, Index, PopulationStore, Writer
+from allele.store import Changes, Fact, Index, PopulationStore, Writer
 
 
 @pytest.fixture
@@ -107,3 +107,18 @@ def test_facts_keep_their_values(store: PopulationStore, writer: Writer, committ
     assert (found.group, found.probe, dict(found.metrics)) == ("g", (-0.25, -1.5), {"reward": 0.75})
     assert (found.provenance, found.reason, found.shape, found.parent) == ("f" * 64, "why", "shape", None)
     assert (found.weights, found.state) == (fact.weights, None)
+
+
+def test_answers_do_not_depend_on_the_order_in_which_facts_arrive(
+    store: PopulationStore, writer: Writer, committed: Callable[..., Fact]
+) -> None:
+    writer.commit(1, [committed("a", 1), committed("a", 2), Fact(kind="Exposed", member="a", revision=1)])
+    writer.commit(2, [Fact(kind="Exposed", member="a", revision=2), Fact(kind="Held", member="a", revision=1)])
+    writer.commit(3, [Fact(kind="Held", member="a")])
+    changes = store.catalogue.facts()
+    forward, backward = Index(store.catalogue), Index(store.catalogue)
+    forward.apply(changes)
+    backward.apply(Changes(changes.version, tuple(reversed(changes.facts))))
+    for index in (forward, backward):
+        assert index.hold("a") is None
+        assert revision(index.exposed("a")) == 2
