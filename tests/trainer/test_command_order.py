@@ -237,6 +237,25 @@ async def test_samples_that_cannot_be_trained_on_are_refused_by_row(
         await client.optim_step(2)
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0])
+async def test_a_learning_rate_that_would_spoil_rows_is_refused(client: Client, rate: float) -> None:
+    await client.reset()
+    await client.admit(1)
+    await client.forward_backward(2)
+    with pytest.raises(InvalidRequest, match="learning_rates: expected finite numbers"):
+        await client.optim_step(3, rate)
+    await client.optim_step(3)
+    assert client.rig.row("a").weights.isfinite().all()
+
+
+async def test_a_reset_without_members_gives_the_runs_slots_back(client: Client) -> None:
+    await client.reset()
+    await client.admit(1, "a", "b", "a")
+    assert client.rig.trainer.used == 2
+    await client.reset(members=())
+    assert client.rig.trainer.used == 0
+
+
 async def test_a_body_that_is_no_command_is_refused_by_field(client: Client) -> None:
     with pytest.raises(InvalidRequest, match=r"header\.seq"):
         header = '{"run": "r", "epoch": 1, "incarnation": "i", "seq": "x"}'

@@ -52,7 +52,7 @@ def test_five_grpo_steps_equal_peft_for_every_member(sizes: dict[str, object], t
         assert norms[member] == pytest.approx(theirs, rel=2e-5)
         gap = (rig.row(member).weights - twin.row()).abs()
         # Adam divides a gradient by its own size: where it is almost zero, rounding decides an element's step.
-        assert gap.quantile(0.999) < 1e-7, f"{member}: weights differ by {gap.quantile(0.999)}"
+        assert gap.quantile(0.999) < 3e-7, f"{member}: weights differ by {gap.quantile(0.999)}"
         assert gap.max() < rates[member], f"{member}: weights differ by {gap.max()}, more than a step"
         assert rig.row(member).step == 5
 

@@ -45,8 +45,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens",
         type=int,
-        default=8192,
-        help="input tokens per micro-batch: bounds activation memory (default: 8192)",
+        default=4096,
+        help="input tokens per micro-batch: bounds activation memory (default: 4096)",
     )
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="address:port; port 0 takes a free one (default: 127.0.0.1:7070)"

@@ -11,6 +11,8 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from torch import Tensor
+
 from allele.protocol.commands import OptimizerSpec
 from allele.protocol.errors import InvalidRequest
 from allele_trainer.bank.rows import Bank, Row
@@ -121,6 +123,11 @@ class PageTable:
         self.materialise([key])
         assert page.row is not None
         return page.row
+
+    def weights(self, key: Key) -> Tensor:
+        """The member's weights `[P]` in host memory."""
+        page = self._pages[key]
+        return self.row(key).weights if page.slot is None else self.bank.weights(page.slot).to("cpu", copy=True)
 
     def _take(self, wanted: set[Key]) -> int:
         if not self._free:

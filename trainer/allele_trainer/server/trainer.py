@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -105,6 +106,9 @@ class Trainer:
     def optim_step(self, command: c.OptimStep) -> c.OptimStepDone:
         run, rates = self._run(command.header), command.learning_rates
         groups = self._by_table(run, command.header, rates)
+        wrong = {m: rate for m, rate in rates.items() if not (math.isfinite(rate) and rate >= 0)}
+        if wrong:
+            raise InvalidRequest(f"learning_rates: expected finite numbers of at least 0, found {wrong}")
         idle = [k.member for keys in groups.values() for k in keys if not run.tables[k.member].page(k).pending]
         if idle:
             raise InvalidRequest(
@@ -129,7 +133,7 @@ class Trainer:
         for keys in self._by_table(run, command.header, command.members).values():
             table = run.tables[keys[0].member]
             table.materialise(keys)
-            packed.update({k.member: table.bank.shape.pack(table.row(k).weights.numpy()) for k in keys})
+            packed.update({k.member: table.bank.shape.pack(table.weights(k).numpy()) for k in keys})
         probes = self._probe(run, command, packed) if command.probes else {}
         weights = run.store.write_segment(packed, kind="segments") if packed else {}
         digests = {m: run.tables[m].bank.shape.digest for m in packed}
@@ -182,7 +186,7 @@ class Trainer:
     def _by_table(self, run: Run, header: c.Header, members: Iterable[str]) -> dict[int, list[Key]]:
         """Keys by the table of their shape. Raises NotFound for a member that the reset did not name."""
         groups: dict[int, list[Key]] = {}
-        for member in members:
+        for member in dict.fromkeys(members):
             if member not in run.tables:
                 raise NotFound(f"member {member}: not in the reset of run {header.run}")
             groups.setdefault(id(run.tables[member]), []).append(Key(header.run, member))
