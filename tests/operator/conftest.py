@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,17 +12,42 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
-from operator_harness import RESTRICTED, Cluster, OperatorProcess, Team
+from operator_harness import RESTRICTED, ROOT, Cluster, OperatorProcess, Team
 
 StartOperator = Callable[..., OperatorProcess]
 
 
-@pytest.fixture(scope="session")
-def cluster(kubeconfig: Path) -> Cluster:
-    return Cluster.of(kubeconfig)
+HELM_LABEL = "app.kubernetes.io/managed-by=Helm"
+HELM_RELEASE = ("meta.helm.sh/release-name=allele", "meta.helm.sh/release-namespace=allele-system")
+"""Marks by which a later installation of the chart takes the definitions over."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
+def cluster(kubeconfig: Path) -> Iterator[Cluster]:
+    """The cluster with the definitions of this checkout; an operator of the chart would interfere and is stopped."""
+    found = Cluster.of(kubeconfig)
+    crds = ("-f", str(ROOT / "crds"))
+    found.run("apply", "--server-side", "--force-conflicts", *crds)
+    found.run("label", "--overwrite", *crds, HELM_LABEL)
+    found.run("annotate", "--overwrite", *crds, *HELM_RELEASE)
+    found.run("wait", "--for=condition=Established", *crds, "--timeout=30s")
+    label = "app.kubernetes.io/name=allele-operator"
+    installed = json.loads(found.run("get", "deployment", "-A", "-l", label, "-o", "json"))["items"]
+    for d in installed:
+        _scale(found, d, 0)
+    if installed:
+        found.run("wait", "--for=delete", "pod", "-A", "-l", label, "--timeout=60s")
+    yield found
+    for d in installed:
+        _scale(found, d, d["spec"]["replicas"])
+
+
+def _scale(cluster: Cluster, deployment: dict[str, Any], replicas: int) -> None:
+    head = deployment["metadata"]
+    cluster.run("-n", head["namespace"], "scale", "deployment", head["name"], f"--replicas={replicas}")
+
+
+@pytest.fixture(scope="package")
 def s3(cluster: Cluster) -> Any:
     e = cluster.environ
     return boto3.client(
@@ -40,6 +66,9 @@ def team(cluster: Cluster) -> Iterator[Team]:
     name = f"op-{uuid.uuid4().hex[:8]}"
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
     yield Team(cluster, name, bucket=name)
+    for run in cluster.items("rlrun", namespace=name):  # nobody is left to give the members back
+        patch = '{"metadata": {"finalizers": null}}'
+        cluster.run("-n", name, "patch", "rlrun", run["metadata"]["name"], "--type=merge", "-p", patch, check=False)
     cluster.run("delete", "namespace", name, "--wait=false")
     cluster.run("delete", "pv", f"{name}-standins", "--ignore-not-found", "--wait=false")
 

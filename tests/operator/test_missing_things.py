@@ -33,7 +33,7 @@ def test_a_run_names_what_it_lacks_and_proceeds_when_it_comes(team: Team, s3: An
     team.until("ast", "store", "Reachable", status="True", seconds=120)
     assert set(team.get("ast", "store")["status"]["capabilities"]) >= {"CreateOnly", "IfMatch", "RangedRead"}
     team.until("bp", "pool", "Ready", status="True", seconds=120)
-    assert sorted(names(team.items("service"))) == ["pool", "pool-rollout", "pool-trainer"]
+    assert sorted(names(team.items("service", "allele.dev/role=service"))) == ["pool", "pool-rollout", "pool-trainer"]
     team.until("rlrun", "run", "Succeeded", status="True", seconds=120)
     run = team.get("rlrun", "run")
     assert run["status"]["progress"] == {"step": 5, "steps": 5, "percentage": 100}
@@ -48,10 +48,14 @@ def test_a_child_that_somebody_deletes_is_made_again(ready_team: Team, operators
     team.apply(team.pool())
     team.until("bp", "pool", "Ready", status="True", seconds=120)
     for kind in ("service", "jobset"):
-        name, uid = next((o["metadata"]["name"], o["metadata"]["uid"]) for o in team.items(kind))
+        name, uid = next((o["metadata"]["name"], o["metadata"]["uid"]) for o in team.items(kind, "allele.dev/role"))
         team.cluster.run("-n", team.namespace, "delete", kind, name, "--wait=false")
-        until(f"another {kind}", lambda k=kind, u=uid: any(o["metadata"]["uid"] != u for o in team.items(k)))
+        until(f"another {kind}", lambda k=kind, n=name, u=uid: fresh(team, k, n, u))
     team.until("bp", "pool", "Ready", status="True", seconds=120)
+
+
+def fresh(team: Team, kind: str, name: str, uid: str) -> bool:
+    return team.get(kind, name).get("metadata", {}).get("uid", uid) != uid
 
 
 def test_deleting_leaves_nothing(ready_team: Team, operators: StartOperator) -> None:

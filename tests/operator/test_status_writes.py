@@ -61,7 +61,6 @@ LATER = {
 NOW = {
     "the phase": changed(phase="Succeeded"),
     "a reason": changed(conditions=[CONDITION | {"reason": "Stalled"}]),
-    "why it waits": changed(conditions=[CONDITION | {"status": "False", "message": "no quota"}]),
     "a condition": changed(conditions=[]),
     "a name": changed(job="run-12345678"),
     "the first reward": changed(reward={"mean": "0.5"}),
@@ -76,3 +75,10 @@ def test_numbers_that_move_on_can_wait(new: dict[str, Any]) -> None:
 @pytest.mark.parametrize("new", NOW.values(), ids=NOW)
 def test_what_people_wait_for_cannot(new: dict[str, Any]) -> None:
     assert urgent(OLD, new)
+
+
+def test_a_new_sentence_about_why_it_waits_cannot_wait() -> None:
+    def waiting(message: str) -> dict[str, Any]:
+        return {"conditions": [{"type": "Ready", "status": "False", "reason": "PoolNotReady", "message": message}]}
+
+    assert urgent(waiting("not observed yet"), waiting("image not found"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,6 +18,7 @@ class _Ready(BaseHTTPRequestHandler):
 
 
 def serve(flag: str) -> None:
-    """`flag` names the argument with host:port."""
+    """`flag` names the argument with host:port. The first process of a container has no default answer to SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     port = sys.argv[sys.argv.index(flag) + 1].rpartition(":")[2]
     ThreadingHTTPServer(("0.0.0.0", int(port)), _Ready).serve_forever()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 import urllib.error
@@ -14,6 +16,7 @@ def argument(flag: str) -> str:
     return sys.argv[sys.argv.index(flag) + 1]
 
 
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
 bundle = json.loads((Path(argument("--run-dir")) / "run.json").read_text())
 steps = bundle["runSpec"]["stop"]["steps"]
 epoch = int(time.time())
