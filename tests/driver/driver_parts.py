@@ -198,7 +198,7 @@ class DrivenRun:
             *("--gateways", self.pool.gateway_url, "--report", self.progress.url),
             *("--report-token-file", str(self.token)),
             log=self._folder / f"driver-{len(self._drivers)}.log",
-            env={"PYTHONPATH": str(self._code)},
+            env={"PYTHONPATH": os.pathsep.join(filter(None, (str(self._code), os.environ.get("PYTHONPATH"))))},
         )
         driver.start()
         self._drivers.append(driver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ class Naughty(Good):
         return super().prompts(member, rng, n, held_out)[: n - (member.name == "short")]
 
     def score(self, member, prompt, completion):
-        print("and print again")
+        print("and print again", flush=True)
         if completion.text == "a":
             raise RuntimeError("letter a")
         if completion.text == "b":
@@ -79,7 +80,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "user_code.py").write_text(CODE)
     (tmp_path / "unimportable.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delitem(sys.modules, "user_code", raising=False)
     return tmp_path
 
