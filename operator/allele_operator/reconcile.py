@@ -112,27 +112,35 @@ class Reconciler:
         start, result = self._clock(), "error"
         try:
             decided = plan(ref.kind, obj, self._cache, self._now())
-            for action in decided.actions:
-                await self._execute.run(action)
+            refused = await self._act(decided)
             result = await self._finish(ref, obj, decided)
+            if refused is not None:
+                result = "refused"
+                await self._tell(obj, refused)
+                raise refused
         except WorldChanged as e:
             log.info("%s: %s", ref, e)
             result = "again"
             self._queue.add(ref)
-        except (NameTaken, ApiError) as e:
-            await self._tell(obj, e)
-            raise
         finally:
             self._metrics.reconciled(ref.kind, result=result, seconds=self._clock() - start)
 
+    async def _act(self, decided: Plan) -> NameTaken | ApiError | None:
+        """Runs the actions. Gives the error that will not go away by itself (quota, policy, webhook, a name taken):
+        then the status is still worth writing. Other errors are raised."""
+        for action in decided.actions:
+            try:
+                await self._execute.run(action)
+            except NameTaken as e:
+                return e
+            except ApiError as e:
+                if e.status not in (400, 403, 422):
+                    raise
+                return e
+        return None
+
     async def _tell(self, obj: Obj, error: NameTaken | ApiError) -> None:
-        """What the API server will go on refusing (quota, policy, webhook, a name taken) shows as an event."""
-        if isinstance(error, NameTaken):
-            reason = "NameTaken"
-        elif error.status in (400, 403, 422):
-            reason = "Refused"
-        else:
-            return
+        reason = "NameTaken" if isinstance(error, NameTaken) else "Refused"
         await self._events.record(
             obj["kind"], obj, type="Warning", reason=reason, message=str(error), action="Reconcile"
         )

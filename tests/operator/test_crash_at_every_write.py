@@ -27,7 +27,7 @@ def test_a_kill_after_any_write_leaves_nothing_twice(ready_team: Team, operators
         spec["spec"]["poolRef"] = pool
         team.apply(team.pool(pool), team.population(population), spec)
         done = until(
-            "the run is over or the operator is dead", lambda p=first, r=run: p.dead or over(team, r), seconds=120
+            "the run is over or the operator is dead", lambda p=first, r=run: p.dead or over(team, r), seconds=240
         )
         assert done
         if not first.dead:
@@ -51,7 +51,7 @@ def over(team: Team, run: str) -> bool:
 
 def check(team: Team, operator: OperatorProcess, *, pool: str, run: str, before: dict[str, list[str]]) -> None:
     """It converges; what the dead one made is still there, by name, and nothing beside it."""
-    until(f"{run} is over", lambda: over(team, run) or operator.dead, seconds=120, detail=operator.tail)
+    until(f"{run} is over", lambda: over(team, run) or operator.dead, seconds=240, detail=operator.tail)
     assert not operator.dead, operator.tail()
     now = created(team, pool)
     assert all(set(before[kind]) <= set(now[kind]) for kind in now), (before, now)

@@ -46,7 +46,7 @@ def test_a_leader_that_slept_for_long_exits_without_a_write(ready_team: Team, op
     team = ready_team
     first = operators(team, flags=FAST, entry="crashing_operator", environ={"CRASH_AFTER": "0"}).wait_until_leading()
     second = operators(team, flags=FAST)
-    team.until("ast", "store", "Reachable", status="True", seconds=120)
+    team.until("ast", "store", "Reachable", status="True", seconds=240)
     first.process.send_signal(signal.SIGSTOP)
     written = first.log.read_text().count("\nwrite ")
     second.wait_until_leading()

@@ -48,7 +48,7 @@ def training(ready_team: Team, operators: StartOperator) -> tuple[Team, Operator
     until(
         "progress in the status",
         lambda: ready_team.get("rlrun", "run").get("status", {}).get("progress", {}).get("step"),
-        seconds=120,
+        seconds=240,
         detail=operator.tail,
     )
     return ready_team, operator
@@ -99,7 +99,7 @@ def test_nothing_is_written_at_rest(ready_team: Team, operators: StartOperator) 
     team = ready_team
     operator = operators(team).wait_until_leading()
     team.apply(team.pool(), team.population(), team.rl_run(steps=3))
-    team.until("rlrun", "run", "Succeeded", status="True", seconds=120)
+    team.until("rlrun", "run", "Succeeded", status="True", seconds=240)
     before = settled(operator, quiet=12)
     time.sleep(10)
     assert operator.writes() == before
