@@ -91,5 +91,7 @@ def decode(data: bytes, header: type[H], schema: pa.Schema) -> tuple[H, pa.Table
     except (pa.ArrowInvalid, KeyError, ValidationError) as e:
         raise InvalidRequest(f"body: expected an Arrow stream with a {header.__name__} header: {e}") from e
     if not table.schema.remove_metadata().equals(schema):
-        raise InvalidRequest(f"columns: expected {schema.names}, found {table.schema.to_string(show_schema_metadata=False)!r}")
+        raise InvalidRequest(
+            f"columns: expected {schema.names}, found {table.schema.to_string(show_schema_metadata=False)!r}"
+        )
     return parsed, table

@@ -68,6 +68,8 @@ class Provenance(Wire):
     optimizer: OptimizerSpec
     loss: dict[str, Any]
     probes: tuple[ProbeSequence, ...] = ()
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """What the step cost by stage; commit and expose, which come after this is written, are those of the step before."""
     time: AwareDatetime | datetime
 
     def encode(self) -> bytes:

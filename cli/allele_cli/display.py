@@ -40,7 +40,7 @@ class Display:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, highlight=False)
+        self._bar.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, p: wire.Progress) -> None:
         note = p.phase if p.reward is None else f"reward {p.reward.mean:.3f} (worst {p.reward.worst:.2f})"

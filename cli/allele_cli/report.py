@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from allele.store.facts import Fact
+from allele.store.population import PopulationStore
 from allele_cli.access import NamespaceOption, StoreOption, open_population
 from allele_cli.evaluate import Evaluation, read_evaluation
 from allele_cli.failure import Failure
@@ -17,8 +18,10 @@ from allele_cli.failure import Failure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STAGES = ("generate", "score", "train", "export", "commit", "probe")
-"""Order of a step; the driver keeps the seconds of each as metric `seconds_<stage>`."""
+STAGES = ("generate", "score", "train", "export", "save", "expose", "commit")
+"""Order of a step; provenance has the seconds of each. expose is what a step waits for probes of the one before."""
+SAMPLED_STEPS = 50
+"""Steps whose provenance is read for the time split."""
 SMOOTHING = 5
 """Steps of the moving average of a member's curve."""
 LABELLED = 32
@@ -42,11 +45,27 @@ def plot(
     facts = [f for f in source.catalogue.facts() if f.kind == "Committed" and f.step]
     if not facts:
         raise Failure(f"{namespace}/{population}: expected committed steps, found none; is it training yet?")
-    draw(facts, out=out, evaluation=read_evaluation(evaluation) if evaluation else None, title=population)
+    draw(
+        facts,
+        stages=stage_seconds(source, facts),
+        out=out,
+        evaluation=read_evaluation(evaluation) if evaluation else None,
+        title=population,
+    )
     print(out)
 
 
-def draw(facts: Iterable[Fact], *, out: Path, evaluation: Evaluation | None, title: str) -> None:
+def stage_seconds(source: PopulationStore, facts: Sequence[Fact]) -> dict[str, float]:
+    """Mean seconds of a step by stage, over at most SAMPLED_STEPS of the provenance documents that the facts name."""
+    named = list(dict.fromkeys(f.provenance for f in facts if f.provenance))
+    chosen = named[:: max(1, len(named) // SAMPLED_STEPS)]
+    seen = [source.read_provenance(sha).seconds for sha in chosen]
+    return {s: sum(row.get(s, 0.0) for row in seen) / len(seen) for s in STAGES}
+
+
+def draw(
+    facts: Iterable[Fact], *, stages: Mapping[str, float], out: Path, evaluation: Evaluation | None, title: str
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +75,7 @@ def draw(facts: Iterable[Fact], *, out: Path, evaluation: Evaluation | None, tit
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), width_ratios=[1.3, 1.1, 0.8], layout="constrained")
     _curves(axes[0], facts, evaluation)
     _heat(axes[1], evaluation)
-    _stages(axes[2], facts)
+    _stages(axes[2], stages)
     figure.suptitle(f"{title}: {len({f.member for f in facts})} adapters on one base", fontsize=14)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
@@ -110,14 +129,9 @@ def _heat(axes: Axes, evaluation: Evaluation | None) -> None:
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="reward")
 
 
-def _stages(axes: Axes, facts: list[Fact]) -> None:
-    """Mean seconds of a step by stage."""
-    seen: dict[int, dict[str, float]] = {}
-    for fact in facts:
-        if fact.step is not None:
-            seen[fact.step] = {s: fact.metrics.get(f"seconds_{s}", 0.0) for s in STAGES}
-    means = [sum(row[s] for row in seen.values()) / len(seen) for s in STAGES]
-    bars = axes.barh(STAGES, means, color="tab:blue")
+def _stages(axes: Axes, stages: Mapping[str, float]) -> None:
+    bars = axes.barh(list(stages), list(stages.values()), color="tab:blue")
     axes.bar_label(bars, fmt="%.2f s", padding=3)
     axes.invert_yaxis()
-    axes.set(title=f"A step: {sum(means):.2f} s", xlabel="seconds", xlim=(0, max([*means, 0.01]) * 1.3))
+    total = sum(stages.values())
+    axes.set(title=f"A step: {total:.2f} s", xlabel="seconds", xlim=(0, max([*stages.values(), 0.01]) * 1.3))

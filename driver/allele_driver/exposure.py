@@ -28,6 +28,11 @@ class Verdict:
     def passed(self) -> bool:
         return self.verdict == "Passed"
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the Exposed fact."""
+        return {} if self.max_gap is None else {"max_gap": self.max_gap}
+
 
 def combined(results: Mapping[str, Sequence[ProbeResult]]) -> list[Verdict]:
     """One verdict per target, from replica → results; a target that some replica left out has not passed."""

@@ -12,7 +12,7 @@ from allele.store.index import Index
 from allele.store.population import PopulationStore
 from allele_cli.evaluate import Evaluation, evaluate_files
 from allele_cli.output import Format, show
-from allele_cli.report import draw
+from allele_cli.report import draw, stage_seconds
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples/preferences"
@@ -59,7 +59,9 @@ def conclude(store: PopulationStore, result: Evaluation, *, seconds: Seconds, mo
     times = [f.time for f in committed if f.step and f.time]
     seconds.training = (max(times) - min(times)).total_seconds()
     seconds.start = max(0.0, seconds.start - seconds.training)
-    draw([f for f in committed if f.step], out=OUT / "report.png", evaluation=result, title=POPULATION)
+    trained = [f for f in committed if f.step]
+    stages = stage_seconds(store, trained)
+    draw(trained, stages=stages, out=OUT / "report.png", evaluation=result, title=POPULATION)
     summary = {
         "mode": mode,
         "store": store.objects.url(""),
@@ -73,7 +75,7 @@ def conclude(store: PopulationStore, result: Evaluation, *, seconds: Seconds, mo
         },
         "revisions": {"committed": len(committed), "exposed": sum(f.kind == "Exposed" for f in facts)},
         "exposure_max_gap": exposure_max_gap(facts),
-        "seconds": dataclasses.asdict(seconds),
+        "seconds": dataclasses.asdict(seconds) | {"step": stages},
     }
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     rows = [

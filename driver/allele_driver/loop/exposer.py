@@ -45,7 +45,7 @@ class Exposer:
         self.failure = ""
         gone = {(f.member, f.revision) for f in abandoned}
         return [
-            Fact(kind="Exposed", member=v.member, revision=v.revision)
+            Fact(kind="Exposed", member=v.member, revision=v.revision, metrics=v.metrics)
             for v in verdicts
             if self._passed(v)
             and index.hold(v.member) is None

@@ -38,7 +38,14 @@ def loss_spec(active: ActivePart) -> LossSpec:
 
 
 def provenance(
-    origin: Origin, active: ActivePart, *, step: int, shape: str, prompts: int, lags: Mapping[int, int]
+    origin: Origin,
+    active: ActivePart,
+    *,
+    step: int,
+    shape: str,
+    prompts: int,
+    lags: Mapping[int, int],
+    seconds: Mapping[str, float],
 ) -> Provenance:
     """Of the revisions that one part of the run made in one step. The cursor is the step: prompts follow from it."""
     bundle, adapter = origin.bundle, active.part.members[0].adapter
@@ -78,6 +85,7 @@ def provenance(
             "sampling": active.spec.sampling.model_dump(),
         },
         probes=active.probes,
+        seconds=dict(seconds),
         time=datetime.now(UTC),
     )
 

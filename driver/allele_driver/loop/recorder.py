@@ -34,7 +34,9 @@ class Recorder:
     ) -> list[Fact]:
         """First revisions of members of a part, with their held-out rewards."""
         shape = exported[members[0].name].shape
-        origin = record.provenance(self._origin, self._roster.active[part], step=step, shape=shape, prompts=0, lags={})
+        origin = record.provenance(
+            self._origin, self._roster.active[part], step=step, shape=shape, prompts=0, lags={}, seconds={}
+        )
         sha = await self._ledger.write(origin)
         return [
             record.committed(
@@ -57,6 +59,7 @@ class Recorder:
         *,
         current: Mapping[str, int],
         lags: Mapping[str, Counter[int]],
+        seconds: Mapping[str, float],
     ) -> list[Fact]:
         """New revisions of members whose rows changed."""
         facts: list[Fact] = []
@@ -71,6 +74,7 @@ class Recorder:
                 shape=next(iter(made.values())).shape,
                 prompts=sum(len(rollouts.of(m)) for m in made),
                 lags=record.total(lags[m] for m in made),
+                seconds=seconds,
             )
             sha = await self._ledger.write(origin)
             facts += [

@@ -74,6 +74,8 @@ class Run:
         self._failures = Failures()
         self._recoveries = 0
         self._reached = False
+        self._after_commit: dict[str, float] = {}
+        """Seconds of the last step's stages that came after its provenance was written."""
         last = equipment.ledger.last_step
         self._step = -1 if last is None else last
         self._voice.tally.step = max(0, self._step)
@@ -192,12 +194,16 @@ class Run:
             stages=stages,
         )
         lags = record.lags(rollouts, self._current, self._index)
-        made = await self._recorder.step(step, turns, trained, rollouts, current=self._current, lags=lags)
+        seconds = self._after_commit | stages.seconds
+        made = await self._recorder.step(
+            step, turns, trained, rollouts, current=self._current, lags=lags, seconds=seconds
+        )
         first = await self._first_revisions({})
         with stages("expose"):
             exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
         with stages("commit"):
             version = await self._commit(step, [*made, *first, *self._abandoned, *exposed])
+        self._after_commit = {s: stages.seconds[s] for s in ("expose", "commit")}
         self._probe([Target(member=f.member, revision=f.revision or 0) for f in made], version=version)
         self._voice.tally.policy_lag = max((lag for found in lags.values() for lag in found), default=0)
         self._voice.step(
@@ -264,7 +270,7 @@ class Run:
         await self._cancel_ahead()
         exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
         after = await self._evaluate()
-        told = [dataclasses.replace(f, metrics=heldout.metrics_of(f.member, after)) for f in exposed]
+        told = [dataclasses.replace(f, metrics={**f.metrics, **heldout.metrics_of(f.member, after)}) for f in exposed]
         again = heldout.restated(after, but={f.member for f in told}, current=self._current, index=self._index)
         await self._commit(self._spec.stop.steps + 1, [*told, *self._abandoned, *again])
         before = heldout.before(self._roster, self._index, run=self._bundle.run_uid)
