@@ -1,1 +1,1 @@
-"""The only types that cross roles: trainer commands, samples, probes, progress, and the errors all of them answer with."""
+"""The only types that cross roles: commands, samples, probes, progress, and the errors all of them answer with."""

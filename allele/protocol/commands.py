@@ -46,7 +46,7 @@ class AdapterSpec(Wire):
 
 
 class OptimizerSpec(Wire):
-    """AdamW (arXiv:1711.05101) with a clip of each member's own gradient norm; the learning rate comes with each step."""
+    """AdamW (arXiv:1711.05101), clipped by each member's own gradient norm; the learning rate comes with each step."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -67,7 +67,7 @@ class LossSpec(Wire):
 
 
 class MemberStart(Wire):
-    """Where a member starts after a reset: `state` resumes exactly; `weights` alone means a fresh optimizer; neither: init by seed."""
+    """Where a member starts: `state` resumes exactly; `weights` alone: a fresh optimizer; neither: init by seed."""
 
     member: str
     adapter: AdapterSpec
@@ -122,7 +122,7 @@ class MemberLoss(Wire):
     ratio_mean: float
     clip_fraction: float
     logprob_gap: float
-    """max |trained − rollout logprob| over the member's tokens; before any inner epoch it measures engine against trainer."""
+    """max |trained − rollout logprob| over the member's tokens: engine against trainer, when the policies are equal."""
 
 
 class ForwardBackwardDone(Wire):
@@ -153,7 +153,7 @@ class ProbeSequence(Wire):
 
 
 class Export(Wire):
-    """Write packed adapters as one segment; with probes, also the logprobs of their completions under the exported bytes."""
+    """Write packed adapters as one segment; `probes` are scored under the exported bytes."""
 
     header: Header
     members: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Token ids and logprobs between driver, gateway and trainer: Arrow IPC streams, the command as JSON in the schema's metadata.
+"""Token ids and logprobs between roles: Arrow IPC streams, with the command as JSON in the schema's metadata.
 
 Token in, token out: training uses exactly the ids and logprobs that the engine returned; nothing is re-tokenised.
 """

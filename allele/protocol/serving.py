@@ -1,4 +1,4 @@
-"""Exposure: a gateway loads revisions, compares what it serves with what was trained, and says so; the driver commits."""
+"""Exposure: a gateway loads revisions and compares what it serves with what was trained; the driver commits."""
 
 from __future__ import annotations
 

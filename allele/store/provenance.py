@@ -69,7 +69,7 @@ class Provenance(Wire):
     loss: dict[str, Any]
     probes: tuple[ProbeSequence, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
-    """What the step cost by stage; commit and expose, which come after this is written, are those of the step before."""
+    """What the step cost by stage; of commit and expose, which come later, it has those of the step before."""
     time: AwareDatetime | datetime
 
     def encode(self) -> bytes:
