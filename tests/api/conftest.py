@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api.kubectl import Kubectl
+
+from tests.api.kubectl import Kubectl
 
 CRDS = Path(__file__).parents[2] / "crds"
 

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from api.kubectl import Kubectl
-from api.manifests import SPECS, TRAIN, manifest
+
+from tests.api.kubectl import Kubectl
+from tests.api.manifests import SPECS, TRAIN, manifest
 
 OTHER = "sha256:" + "b" * 64
 GROUP = {"name": "g", "members": {"count": 16}}

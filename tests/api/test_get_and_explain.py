@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api.kubectl import Kubectl
-from api.manifests import SPECS, manifest
+
+from tests.api.kubectl import Kubectl
+from tests.api.manifests import SPECS, manifest
 
 TIME = "2026-01-01T00:00:00Z"
 

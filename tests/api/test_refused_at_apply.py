@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from api.kubectl import Kubectl
-from api.manifests import SPECS, TRAIN, manifest
+
+from tests.api.kubectl import Kubectl
+from tests.api.manifests import SPECS, TRAIN, manifest
 
 
 def _train(**select: Any) -> dict[str, Any]:

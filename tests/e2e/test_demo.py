@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -74,7 +75,9 @@ def test_every_field_is_explained(cluster_demo: Demo, kubectl) -> None:
     assert "<empty>" not in kubectl("explain", "rlr.spec")
 
 
-def test_exported_adapter_has_the_endpoints_logprobs_in_peft(cluster_demo: Demo, allele, kubectl, tmp_path: Path) -> None:
+def test_exported_adapter_has_the_endpoints_logprobs_in_peft(
+    cluster_demo: Demo, allele, kubectl, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,7 +87,7 @@ def test_exported_adapter_has_the_endpoints_logprobs_in_peft(cluster_demo: Demo,
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE / "base", dtype=torch.float32)
     model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     served = answer["logprobs"]["token_logprobs"]
-    ids = torch.tensor([tokenizer(prompt + answer["text"]).input_ids + [1]])
+    ids = torch.tensor([[*tokenizer(prompt + answer["text"]).input_ids, 1]])
     with torch.no_grad():
         logprobs = torch.log_softmax(model(ids).logits[0], -1)
     start = len(tokenizer(prompt).input_ids)
@@ -105,7 +108,7 @@ def completion(kubectl, *, model: str, prompt: str) -> tuple[str, dict]:
 
 
 def test_duckdb_and_boto3_alone_can_read_verify_and_fetch_a_member(cluster_demo: Demo, tmp_path: Path) -> None:
-    """Nothing of ours: the Delta log's files by boto3, the facts by DuckDB, the bytes by one ranged GET, their sha256."""
+    """Nothing of ours: the Delta log by boto3, the facts by DuckDB, the bytes by one ranged GET, their sha256."""
     secret, store = (o for o in yaml.safe_load_all((EXAMPLE / "01-store.yaml").read_text()))
     s3 = boto3.client(
         "s3",
@@ -156,7 +159,7 @@ def test_command_line_tells_members_and_lineage(cluster_demo: Demo, allele) -> N
     chain = json.loads(allele("lineage", "preferences/taste-0003", "--output", "json"))
     revisions = [link["revision"] for link in chain]
     assert revisions == sorted(revisions, reverse=True) and chain[-1]["parent"] is None
-    assert all(a["parent"] == b["revision"] for a, b in zip(chain, chain[1:], strict=False))
+    assert all(a["parent"] == b["revision"] for a, b in itertools.pairwise(chain))
     assert chain[0]["base"].startswith("sha256:") and chain[0]["code_digest"].startswith("sha256:")
 
 

@@ -72,7 +72,9 @@ def wait_for(what: str, found: Callable[[], bool], *, seconds: float) -> None:
 
 def restarts(kubectl: Kubectl, selector: str, container: str) -> int:
     pods = json.loads(kubectl("get", "pods", "--selector", selector, "--output", "json"))["items"]
-    counts = [s["restartCount"] for p in pods for s in p["status"].get("containerStatuses", ()) if s["name"] == container]
+    counts = [
+        s["restartCount"] for p in pods for s in p["status"].get("containerStatuses", ()) if s["name"] == container
+    ]
     assert counts, f"no container {container} in pods of {selector}"
     return sum(counts)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from planning.cluster import Cluster
-
 from allele_operator.planning.model import Obj
+from tests.planning.cluster import Cluster
 
 DIGEST = "sha256:" + "a" * 64
 IMAGES = {"trainer": "trainer:1", "engine": "engine:1", "gateway": "gateway:1", "driver": "driver:1"}

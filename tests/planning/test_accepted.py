@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from api.kubectl import Kubectl
-from planning.test_golden import CASES, pod_specs
+
+from tests.api.kubectl import Kubectl
+from tests.planning.test_golden import CASES, pod_specs
 
 
 @pytest.fixture(scope="module")

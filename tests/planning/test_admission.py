@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning.cluster import Cluster
-from planning.resources import demo, population, run, train
 
 from allele.api.population import AdapterPopulationSpec
 from allele.api.run import RLRunSpec
 from allele_operator.planning import selection
 from allele_operator.planning.model import Obj, Plan, Ref
+from tests.planning.cluster import Cluster
+from tests.planning.resources import demo, population, run, train
 
 SELECTIONS = st.one_of(
     st.builds(lambda f, n: [train(range={"first": f, "count": n})], st.integers(0, 12), st.integers(1, 4)),

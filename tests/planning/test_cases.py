@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from planning.cluster import Cluster
-from planning.resources import demo, run
 
 from allele.protocol.progress import Progress
 from allele_operator.planning.model import Action, Apply, Create, Delete, Obj, Patch, Ref
+from tests.planning.cluster import Cluster
+from tests.planning.resources import demo, run
 
 FOLDER = Path(__file__).parent / "cases"
 CASES = [(f.stem, case) for f in sorted(FOLDER.glob("*.yaml")) for case in yaml.safe_load(f.read_text())]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning.cluster import OPTIONS, Cluster
-from planning.resources import demo, pool, population, run, runtime, store
 
 from allele_operator.planning.model import PLANNED, Create, Obj, Options, Ref
+from tests.planning.cluster import OPTIONS, Cluster
+from tests.planning.resources import demo, pool, population, run, runtime, store
 
 JOBS = Options(operator_url=OPTIONS.operator_url, image=OPTIONS.image, backend="Job")
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from planning.cluster import OPTIONS, Cluster
-from planning.resources import demo, pool, population, run, runtime
-from planning.resources import store as a_store
 
 from allele.api.pool import BasePoolSpec
 from allele.api.run import RLRunSpec
@@ -23,6 +20,9 @@ from allele_operator.planning.render import driver, store
 from allele_operator.planning.render import pool as render
 from allele_operator.planning.render.pods import StoreAccess
 from allele_operator.planning.run import driver_parts
+from tests.planning.cluster import OPTIONS, Cluster
+from tests.planning.resources import demo, pool, population, run, runtime
+from tests.planning.resources import store as a_store
 
 GOLDEN = Path(__file__).parent / "golden"
 PLATFORM = {

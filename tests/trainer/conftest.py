@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from trainer_parts import Rig, write_base
 
 from allele_trainer.model.build import BaseModel, build
+from tests.trainer.trainer_parts import Rig, write_base
 
 torch.set_num_threads(1)
 

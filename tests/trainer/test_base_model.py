@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import EXAMPLE_BASE
 from safetensors.torch import load_file, save_file
 
 from allele_trainer.model.batch import to_device
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.model.config import UnsupportedBase
 from allele_trainer.rl.packing import Sample, pack
+from tests.trainer.conftest import EXAMPLE_BASE
 
 
 def test_packed_logprobs_equal_hugging_face(example_model: BaseModel) -> None:

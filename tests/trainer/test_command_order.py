@@ -9,7 +9,6 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
 from pydantic import BaseModel
-from trainer_parts import NAMESPACE, POPULATION, Rig, adapter, batch, examples, same_rows, start
 
 from allele.protocol import commands as c
 from allele.protocol.errors import (
@@ -26,6 +25,7 @@ from allele.protocol.errors import (
 )
 from allele_trainer.server.app import Server
 from allele_trainer.server.metrics import Metrics
+from tests.trainer.trainer_parts import NAMESPACE, POPULATION, Rig, adapter, batch, examples, same_rows, start
 
 MEMBERS = ("a", "b")
 FOUND = examples(MEMBERS, each=3, vocab=96)

@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 import torch
-from trainer_parts import ALL, PeftTwin, Rig, adapter, examples, start, write_base
 
 from allele.protocol import commands as c
 from allele_trainer.model.build import build
+from tests.trainer.trainer_parts import ALL, PeftTwin, Rig, adapter, examples, start, write_base
 
 SHAPES = {
     "grouped": {},

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from trainer_parts import PeftTwin, Rig, adapter, examples, start
 
 from allele.protocol import commands as c
+from tests.trainer.trainer_parts import PeftTwin, Rig, adapter, examples, start
 
 PROBES = (c.ProbeSequence(prompt=(5, 6, 7), completion=(8, 9)), c.ProbeSequence(prompt=(40,), completion=(41, 42, 43)))
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 
 import pytest
-from trainer_parts import Example, Rig, adapter, examples, same_rows, start
+
+from tests.trainer.trainer_parts import Example, Rig, adapter, examples, same_rows, start
 
 MEMBERS = ["a", "sick", "b"]
 STEPS = [examples(MEMBERS, each=3, vocab=96, seed=s) for s in range(3)]

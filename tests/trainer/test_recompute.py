@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
-from trainer_parts import adapter, write_base
 
 from allele.format import AdapterShape
 from allele_trainer.bank.rows import Bank
@@ -17,6 +16,7 @@ from allele_trainer.lora.plan import plan
 from allele_trainer.model.batch import to_device
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.rl.packing import Sample, pack
+from tests.trainer.trainer_parts import adapter, write_base
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from trainer_parts import Rig, adapter, examples, same_rows, start
 
 from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound
+from tests.trainer.trainer_parts import Rig, adapter, examples, same_rows, start
 
 MEMBERS = ["a", "b", "c"]
 STEPS = [examples(MEMBERS, each=3, vocab=96, seed=s) for s in range(5)]

@@ -7,9 +7,9 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
-from trainer_parts import Example, Rig, adapter, examples, same_rows, start, write_base
 
 from allele_trainer.model.build import BaseModel, build
+from tests.trainer.trainer_parts import Example, Rig, adapter, examples, same_rows, start, write_base
 
 STEPS = 4
 
