@@ -24,9 +24,16 @@ SECONDS=0
 volumes=()
 while read -r volume; do volumes+=(--volume "$volume"); done < <(python3 "$HERE/pip_config.py" "$scratch/pip.conf")
 # chroot isolation, because others need more capabilities than a container of a CI has; proxies are passed on by buildah itself
+log=$LOG/build-${2//[:\/]/-}.log
+echo "build: $ref from $dockerfile (log: ${log/#$PWD\//})"
 bud build --isolation chroot --pull-never --layers --format docker "${volumes[@]}" \
-  --iidfile "$scratch/id" --build-arg "BASE=$PYBASE" -t "$ref" -f "$dockerfile" "$context"
+  --iidfile "$scratch/id" --build-arg "BASE=$PYBASE" -t "$ref" -f "$dockerfile" "$context" >"$log" 2>&1 || {
+  tail -n 20 "$log" >&2
+  fail "$ref was not built; the whole log is $log"
+}
 id=$(<"$scratch/id")
+mkdir -p "$CLUSTER_DIR/built"
+echo "$id" >"$CLUSTER_DIR/built/$2"   # tells who deploys whether a tag means the same as last time
 
 if [ -n "$(ctr_k8s images ls -q "name==$ref,labels.\"allele-build\"==$id")" ]; then
   echo "build: $ref is up to date (${SECONDS}s)"

@@ -47,8 +47,14 @@ def install_chart() -> None:
     run(
         "helm", "upgrade", "--install", "allele", str(ROOT / "charts/allele"),
         "--namespace", SYSTEM, "--create-namespace", "--values", str(ROOT / "hack/demo/values.yaml"),
-        "--wait", "--timeout", "3m",
+        *build_annotation(), "--wait", "--timeout", "3m",
     )  # fmt: skip
+
+
+def build_annotation() -> list[str]:
+    """A rebuilt image has the same tag: the annotation makes the Deployment roll."""
+    built = ROOT / "out/cluster/built/allele-operator:dev"
+    return ["--set-string", f"podAnnotations.build={built.read_text().strip()}"] if built.exists() else []
 
 
 def prepare_namespace(*, environment: bool) -> None:
