@@ -1,8 +1,9 @@
-"""Makes `base/`: a Qwen3 of 104,832 parameters that answers in the right form, under all 64 preferences equally often.
+"""Makes a base like `base/`: a Qwen3 of 104,832 parameters that answers in the right form, under all 64 preferences.
 
-    OMP_NUM_THREADS=1 python examples/preferences/pretrain.py --out examples/preferences/base
+    OMP_NUM_THREADS=1 python examples/preferences/pretrain.py --out out/preferences-base
 
-Two minutes on one core, deterministic on one CPU type. Every choice that training must make later has to be
+Two minutes on one core. The weights are not those of `base/` bit for bit, so the digest in the YAML files changes with
+them. Every choice that training must make later has to be
 predictable somewhere here: the sign is written on both sides, so that the closing one teaches the base to tell signs
 apart. With brackets, whose opener is never predictable, training later stays at two thirds.
 """
