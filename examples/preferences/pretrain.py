@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python examples/preferences/pretrain.py --out out/preferences-base
 
 Two minutes on one core. The weights are not those of `base/` bit for bit, so the digest in the YAML files changes with
-them. Every choice that training must make later has to be
-predictable somewhere here: the sign is written on both sides, so that the closing one teaches the base to tell signs
-apart. With brackets, whose opener is never predictable, training later stays at two thirds.
+them. Every choice that training must make later has to be predictable somewhere here: the sign is written on both
+sides, so that the closing one teaches the base to tell signs apart. With brackets, whose opener is never predictable,
+training later stays at two thirds.
 """
 
 from __future__ import annotations
@@ -94,8 +94,7 @@ def valid_share(model: Qwen3ForCausalLM, *, words: int) -> float:
         ids = torch.cat([ids, torch.multinomial(F.softmax(model(ids).logits[:, -1], -1), 1)], 1)
     valid = 0
     for word, answer in zip(drawn, ids[:, PROMPT:].tolist(), strict=True):
-        text = "".join(CHARACTERS[i] for i in answer[: answer.index(EOS) if EOS in answer else None])
-        valid += any(text == p.answer(word) for p in PREFERENCES)
+        valid += any(answer == [*encode(p.answer(word)), EOS] for p in PREFERENCES)
     return valid / words
 
 
