@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver_parts import (
+
+from tests.driver.driver_parts import (
     BASE,
     DIGEST,
     EXAMPLE,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from driver_parts import BASE
 
 from allele_driver.environments import MemberView, Prompt, Score
 from allele_driver.environments.calls import Start
@@ -17,6 +16,7 @@ from allele_driver.environments.load import EnvironmentLoadError, code_digest, l
 from allele_driver.environments.scoring import Dropped, EnvironmentFailed, Scorer
 from allele_driver.failures import Failures
 from allele_driver.rollouts import Drawn
+from tests.driver.driver_parts import BASE
 
 CODE = """
 import os, time

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver_parts import bundle
 
 from allele.api.population import Group
 from allele.api.run import Select
 from allele_driver.members import InvalidInput, ManifestError, members_of, parts_of, select
+from tests.driver.driver_parts import bundle
 
 
 def by_manifest(tmp_path: Path, text: str, **fields: Any) -> Group:

@@ -10,7 +10,6 @@ from types import ModuleType
 
 import pytest
 import yaml
-from driver_parts import BASE, DIGEST, EXAMPLE
 
 from allele.api.pool import BasePoolSpec
 from allele.api.population import AdapterPopulationSpec
@@ -19,6 +18,7 @@ from allele.api.runtime import AdapterRuntimeSpec
 from allele.api.store import AdapterStoreSpec
 from allele_driver.environments import Completion, MemberView, Prompt
 from allele_driver.tokenizer import HfTokenizer
+from tests.driver.driver_parts import BASE, DIGEST, EXAMPLE
 
 SPECS = {
     "AdapterStore": AdapterStoreSpec,

@@ -10,7 +10,6 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from driver_parts import free_port
 
 from allele.api.run import Sampling
 from allele.protocol.errors import Unavailable
@@ -21,6 +20,7 @@ from allele_driver.exposure import combined
 from allele_driver.patience import Patience, Stopping
 from allele_driver.rollouts import Drawn
 from allele_driver.sampling import Ask, Gateways, replica_of, resolve
+from tests.driver.driver_parts import free_port
 
 MEMBERS = [f"m-{i}" for i in range(40)]
 

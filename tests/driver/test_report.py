@@ -8,11 +8,11 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from driver_parts import ProgressServer, bundle, free_port
 
 from allele_driver import report
 from allele_driver.loop.tally import Tally
 from allele_driver.report import Reporter
+from tests.driver.driver_parts import ProgressServer, bundle, free_port
 
 
 def tally() -> Tally:

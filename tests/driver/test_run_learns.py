@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from driver_parts import DrivenRun
+from tests.driver.driver_parts import DrivenRun
 
 STEPS = 14
 

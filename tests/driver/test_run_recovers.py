@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from driver_parts import EXAMPLE, DrivenRun, bundle, wait_until
+
+from tests.driver.driver_parts import EXAMPLE, DrivenRun, bundle, wait_until
 
 STEPS = 8
 

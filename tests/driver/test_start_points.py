@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driver_parts import bundle
 
 from allele.api.run import StartFrom
 from allele.protocol.commands import ByteRange, OptimizerSpec
@@ -15,6 +14,7 @@ from allele.store import Catalogue, Fact, Index, Objects, Writer
 from allele_driver.loop.record import lag_of
 from allele_driver.loop.resume import StartPoint, start_point, unexposed
 from allele_driver.members import Member, members_of
+from tests.driver.driver_parts import bundle
 
 MEMBER: Member = members_of(bundle("p", uid="u", members=1, steps=1).population_spec.groups[0], Path())[0]
 
