@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 from rollout_engine import EngineProcess
-from rollout_parts import EOS, ProbeSequence, Service, StoredPopulation, call, random_adapter, reference
+from rollout_parts import EOS, ProbeSequence, Sample, Service, StoredPopulation, call, random_adapter, reference
 
 PROMPT = (13, 4, 6, 3, 5, 2)
 Start = Callable[..., Service]
 
 
-def expected(packed: bytes | None, completion: list[int]) -> list[float]:
-    return reference(packed, [ProbeSequence(prompt=PROMPT, completion=tuple(completion))])
+def check(sample: Sample, packed: bytes | None) -> None:
+    """The sample is one, and its logprobs are those of the adapter."""
+    assert sample.error is None and 1 <= len(sample.completion) <= 8
+    truth = reference(packed, [ProbeSequence(prompt=PROMPT, completion=tuple(sample.completion))])
+    assert sample.logprobs == pytest.approx(truth, abs=1e-4)
 
 
 def test_served_logprobs_equal_those_of_hugging_face(gateway: Start, population: StoredPopulation) -> None:
@@ -24,10 +27,8 @@ def test_served_logprobs_equal_those_of_hugging_face(gateway: Start, population:
     samples = gateway().generate(rows, n=2)
     assert [s.request for s in samples] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     for sample in samples:
-        assert sample.error is None and 1 <= len(sample.completion) <= 8
         assert (sample.finish == "stop") == (sample.completion[-1] == EOS)
-        truth = expected(adapters.get(rows[sample.request][0]), sample.completion)
-        assert sample.logprobs == pytest.approx(truth, abs=1e-4)
+        check(sample, adapters.get(rows[sample.request][0]))
 
 
 def test_greedy_samples_equal_a_direct_call_of_the_engine(
@@ -53,7 +54,7 @@ def test_more_adapters_than_may_be_loaded_are_all_served_right(gateway: Start, p
     for _ in range(2):
         rows = [(f"m{i % 11}", 1, PROMPT) for i in range(22)]
         for sample, (member, _, _) in zip(service.generate(rows), rows, strict=True):
-            assert sample.logprobs == pytest.approx(expected(adapters[member], sample.completion), abs=1e-4)
+            check(sample, adapters[member])
     tiers = {t["name"]: t["adapters"] for t in call(f"{service.internal}/v1/status").json["tiers"]}
     assert tiers["host"] == 5 and tiers["disk"] == 11
 
@@ -80,9 +81,9 @@ def test_a_revision_is_found_as_soon_as_its_catalogue_version_is_named(
     version = population.commit({"a": second}, revision=2, parent=1)
     assert "no revision 2" in str(service.generate([("a", 2, PROMPT)])[0].error)
     (sample,) = service.generate([("a", 2, PROMPT)], version=version)
-    assert sample.logprobs == pytest.approx(expected(second, sample.completion), abs=1e-4)
+    check(sample, second)
     (old,) = service.generate([("a", 1, PROMPT)])
-    assert old.logprobs == pytest.approx(expected(first, old.completion), abs=1e-4)
+    check(old, first)
 
 
 def test_a_population_of_another_base_is_refused(gateway: Start, tmp_path: Path) -> None:
