@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from rollout_engine import SLOTS, EngineProcess, free_port
-from rollout_parts import BASE_DIGEST, Service, StoredPopulation
 
 from allele_rollout.gateway.__main__ import serve
 from allele_rollout.gateway.settings import GatewaySettings
+from tests.rollout.rollout_engine import SLOTS, EngineProcess, free_port
+from tests.rollout.rollout_parts import BASE_DIGEST, Service, StoredPopulation
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from rollout_parts import BASE, TARGETS
+
+from tests.rollout.rollout_parts import BASE, TARGETS
 
 SLOTS = 4
 

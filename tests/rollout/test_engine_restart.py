@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from rollout_engine import EngineProcess
-from rollout_parts import Service, StoredPopulation, call, random_adapter
+
+from tests.rollout.rollout_engine import EngineProcess
+from tests.rollout.rollout_parts import Service, StoredPopulation, call, random_adapter
 
 PROMPT = (13, 4, 6, 3, 5, 2)
 

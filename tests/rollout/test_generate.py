@@ -6,8 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rollout_engine import EngineProcess
-from rollout_parts import EOS, ProbeSequence, Sample, Service, StoredPopulation, call, random_adapter, reference
+
+from tests.rollout.rollout_engine import EngineProcess
+from tests.rollout.rollout_parts import (
+    EOS,
+    ProbeSequence,
+    Sample,
+    Service,
+    StoredPopulation,
+    call,
+    random_adapter,
+    reference,
+)
 
 PROMPT = (13, 4, 6, 3, 5, 2)
 Start = Callable[..., Service]

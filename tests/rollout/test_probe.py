@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rollout_parts import (
+from tests.rollout.rollout_parts import (
     PROBES,
     ProbeSequence,
     Service,

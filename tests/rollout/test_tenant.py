@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rollout_parts import Service, StoredPopulation, call, random_adapter
 
 from allele.store.facts import Fact
+from tests.rollout.rollout_parts import Service, StoredPopulation, call, random_adapter
 
 Start = Callable[..., Service]
 
