@@ -1,61 +1,114 @@
-"""Killed right after any write of a pool's and a run's creation, the next operator finishes the work without a second
-child of any kind.
+"""Killed right after any of its writes, the operator's successor finishes the work without a second child of any kind.
 
-Each round's pool and population are new, the store is the same: its probe is one write among the first round's.
+The kill comes when the answer to the k-th write has arrived, for every k until the work is done before the k-th. Each
+round's objects are new; store and runtime (and for runs the pool) are there before.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 from conftest import StartOperator
-from operator_harness import OperatorProcess, Team, names, until
+from operator_harness import Obj, Team, names, until
+
+Made = dict[str, list[str]]
 
 
-def created(team: Team, pool: str) -> dict[str, list[str]]:
-    selector = f"allele.dev/pool={pool}"
-    return {kind: sorted(names(team.items(kind, selector))) for kind in ("service", "jobset")}
-
-
-def test_a_kill_after_any_write_leaves_nothing_twice(ready_team: Team, operators: StartOperator) -> None:
-    team = ready_team
-    killed = []
-    for k in range(1, 60):
-        pool, population, run = f"pool-{k}", f"population-{k}", f"run-{k}"
-        first = operators(team, entry="crashing_operator", environ={"CRASH_AFTER": str(k)}, lease=f"k{k}-a")
-        spec = team.rl_run(run, population=population, steps=2)
-        spec["spec"]["poolRef"] = pool
-        team.apply(team.pool(pool), team.population(population), spec)
-        done = until(
-            "the run is over or the operator is dead", lambda p=first, r=run: p.dead or over(team, r), seconds=240
-        )
-        assert done
+def crash_at_every_write(
+    team: Team,
+    operators: StartOperator,
+    *,
+    objects: Callable[[str], list[Obj]],
+    done: Callable[[str], bool],
+    made: Callable[[str], Made],
+    expected: Callable[[str, Made], bool],
+) -> int:
+    """Number of writes after which the operator was killed. The functions take the name of the round."""
+    for k in range(1, 40):
+        name = f"r{k}"
+        first = operators(team, entry="crashing_operator", environ={"CRASH_AFTER": str(k)}, lease=f"{name}-a")
+        team.apply(*objects(name))
+        until(f"round {name} is done or killed", lambda p=first, n=name: p.dead or done(n), seconds=240)
         if not first.dead:
             first.kill()
-            assert len(killed) >= 8, f"expected a pool and a run to take at least 8 writes, found {killed}"
-            break
+            assert expected(name, made(name)), made(name)
+            return k - 1
         assert first.process.returncode == -signal.SIGKILL, first.tail()
-        killed.append(k)
-        before = created(team, pool)
-        second = operators(team, lease=f"k{k}-b")
-        check(team, second, pool=pool, run=run, before=before)
-        second.stop()
-        team.cluster.run("-n", team.namespace, "delete", f"rlrun/{run}", f"bp/{pool}", f"apop/{population}")
-    else:
-        raise AssertionError("the operator never got through alive")
+        before = made(name)
+        second = operators(team, lease=f"{name}-b")
+        until(f"round {name} is done", lambda p=second, n=name: p.dead or done(n), seconds=240, detail=second.tail)
+        assert not second.dead, second.tail()
+        after = made(name)
+        assert expected(name, after), after
+        assert all(set(before[kind]) <= set(after[kind]) for kind in after), f"made again: {before} {after}"
+        second.kill()
+        for o in objects(name):
+            head = o["metadata"]
+            team.cluster.run("-n", head["namespace"], "delete", o["kind"], head["name"], "--wait=false")
+    raise AssertionError("the operator never got through alive")
+
+
+def uids(objects: list[Obj]) -> list[str]:
+    return sorted(f"{o['metadata']['name']}/{o['metadata']['uid']}" for o in objects)
+
+
+def test_a_pool_is_made_once(ready_team: Team, operators: StartOperator) -> None:
+    team = ready_team
+    reach_the_store(team, operators)
+
+    def made(name: str) -> Made:
+        selector = f"allele.dev/pool={name},allele.dev/role"
+        return {kind: uids(team.items(kind, selector)) for kind in ("service", "jobset")}
+
+    def expected(name: str, found: Made) -> bool:
+        return len(found["service"]) == 3 and len(found["jobset"]) == 1
+
+    kills = crash_at_every_write(
+        team,
+        operators,
+        objects=lambda name: [team.pool(name, suspend=True)],
+        done=lambda name: team.condition("bp", name, "Ready")[1] == "Suspended",
+        made=made,
+        expected=expected,
+    )
+    assert kills >= 5, "three Services, the JobSet and a status at least"
+    assert len(team.items("job", "allele.dev/store=store")) == 1
+
+
+def test_a_run_is_driven_by_one_job(ready_team: Team, operators: StartOperator) -> None:
+    team = ready_team
+    reach_the_store(team, operators, pool=True)
+
+    def made(name: str) -> Made:
+        return {kind: uids(team.items(kind, f"allele.dev/run={name}")) for kind in ("job", "configmap")}
+
+    def objects(name: str) -> list[Obj]:
+        return [team.population(name), team.rl_run(name, population=name, steps=2)]
+
+    kills = crash_at_every_write(
+        team,
+        operators,
+        objects=objects,
+        done=lambda name: over(team, name),
+        made=made,
+        expected=lambda name, found: len(found["job"]) == 1 and len(found["configmap"]) == 1,
+    )
+    assert kills >= 6, "finalizer, ConfigMap, Job, two statuses and the finalizer again at least"
 
 
 def over(team: Team, run: str) -> bool:
-    return team.condition("rlrun", run, "Succeeded")[0] == "True"
+    """Succeeded, and the members given back."""
+    found = team.get("rlrun", run)
+    conditions = {c["type"]: c["status"] for c in found.get("status", {}).get("conditions", [])}
+    return conditions.get("Succeeded") == "True" and not found["metadata"].get("finalizers")
 
 
-def check(team: Team, operator: OperatorProcess, *, pool: str, run: str, before: dict[str, list[str]]) -> None:
-    """It converges; what the dead one made is still there, by name, and nothing beside it."""
-    until(f"{run} is over", lambda: over(team, run) or operator.dead, seconds=240, detail=operator.tail)
-    assert not operator.dead, operator.tail()
-    now = created(team, pool)
-    assert all(set(before[kind]) <= set(now[kind]) for kind in now), (before, now)
-    assert now["service"] == [pool, f"{pool}-rollout", f"{pool}-trainer"] and len(now["jobset"]) == 1, now
-    assert len(team.items("job", f"allele.dev/run={run}")) == 1
-    assert len(team.items("configmap", f"allele.dev/run={run}")) == 1
-    assert len(team.items("job", "allele.dev/store=store")) == 1
+def reach_the_store(team: Team, operators: StartOperator, *, pool: bool = False) -> None:
+    operator = operators(team, lease="before").wait_until_leading()
+    if pool:
+        team.apply(team.pool())
+        team.until("bp", "pool", "Ready", status="True", seconds=240)
+    team.until("ast", "store", "Reachable", status="True", seconds=240)
+    assert list(names(team.items("adapterruntime"))) == ["runtime"]
+    operator.stop()
