@@ -216,7 +216,8 @@ class OperatorProcess:
             "image-pull-policy": "Never",
         }
         arguments = [a for k, v in flags.items() for a in (f"--{k}", str(v))]
-        environ = os.environ | {"PYTHONPATH": str(HERE)} | self.environ
+        python_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE))))
+        environ = os.environ | {"PYTHONPATH": python_path} | self.environ
         with self.log.open("a") as out:
             command = [sys.executable, "-m", self.entry, *arguments, *self.flags]
             self.process = subprocess.Popen(command, stderr=out, stdout=out, env=environ)
