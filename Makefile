@@ -54,6 +54,7 @@ lint: env ## ruff, mypy, import-linter, generated files
 	.venv/bin/lint-imports
 	$(PY) -m allele.api.crds --out crds --check
 	charts/allele/sync-crds.sh --check
+	requirements/compile.sh --check
 
 .PHONY: fmt
 fmt: env ## Format and sort imports

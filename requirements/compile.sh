@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Writes requirements/<image>.txt: what each image installs, at the versions of requirements/all.txt.
 #   compile.sh            write them
+#   compile.sh --all      first all.txt, from pyproject.toml: versions that are there stay, unless it asks for others
 #   compile.sh --check    fail when one is not what it would be
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=.venv/bin/uv
 target=requirements
 [ "${1:-}" = --check ] && target=$(mktemp -d) && trap 'rm -rf "$target"' EXIT
+
+if [ "${1:-}" = --all ]; then
+  "$uv" pip compile --quiet --no-header --no-annotate --python-version 3.11 pyproject.toml --all-extras -o requirements/all.txt
+fi
 
 compile() { # NAME, then uv's sources; names on standard input are "-"
   local name=$1
