@@ -12,7 +12,8 @@ from typing import Any
 import boto3
 import pytest
 from botocore.config import Config
-from operator_harness import RESTRICTED, ROOT, Cluster, OperatorProcess, Team
+
+from tests.operator.operator_harness import RESTRICTED, ROOT, Cluster, OperatorProcess, Team
 
 StartOperator = Callable[..., OperatorProcess]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
-from conftest import StartOperator
-from operator_harness import Obj, Team, names, until
+from tests.operator.conftest import StartOperator
+from tests.operator.operator_harness import Obj, Team, names, until
 
 Made = dict[str, list[str]]
 

@@ -7,8 +7,8 @@ import time
 import urllib.error
 import urllib.request
 
-from conftest import StartOperator
-from operator_harness import Team, until
+from tests.operator.conftest import StartOperator
+from tests.operator.operator_harness import Team, until
 
 FAST = ("--lease-duration", "6", "--renew-deadline", "4", "--lease-retry", "0.5", "--lease-timeout", "1.5")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import StartOperator
-from operator_harness import Team, names, until
+from tests.operator.conftest import StartOperator
+from tests.operator.operator_harness import Team, names, until
 
 
 def test_a_run_names_what_it_lacks_and_proceeds_when_it_comes(team: Team, s3: Any, operators: StartOperator) -> None:

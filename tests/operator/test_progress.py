@@ -8,8 +8,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import StartOperator
-from operator_harness import OperatorProcess, Team, names, settled, until
+
+from tests.operator.conftest import StartOperator
+from tests.operator.operator_harness import OperatorProcess, Team, names, settled, until
 
 
 def driver_pod(team: Team, run: str = "run") -> str:
