@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make demo`: says what it will do, sets up, then hands over to hack/demo.
 #   demo.sh cluster local      a cluster of its own on this machine (root)
-#   demo.sh cluster existing   the cluster of the current kubectl context, after asking
+#   demo.sh cluster existing   the cluster of the current kubectl context, after asking; images and store by variables
 #   demo.sh local              no cluster: local processes over a file store
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,6 +30,13 @@ case $mode-$cluster in
     ;;
   cluster-existing)
     context=$(kubectl config current-context)
+    for name in ALLELE_IMAGES ALLELE_BUCKET AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do
+      [ -n "${!name:-}" ] && continue
+      echo "demo: $name is not set. An existing cluster needs ALLELE_IMAGES (registry and path of the images allele-operator," >&2
+      echo "allele-gateway and allele, tag ALLELE_TAG, default dev; see docs/install.md), ALLELE_BUCKET, AWS_ACCESS_KEY_ID," >&2
+      echo "AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL unless the bucket is at AWS." >&2
+      exit 1
+    done
     echo "  chart                namespace allele-system                  1 minute"
     echo "  run                  namespace allele-demo                    about 5 minutes"
     echo
@@ -39,9 +46,8 @@ case $mode-$cluster in
   *) echo "demo: expected MODE=cluster or MODE=local and CLUSTER=local or CLUSTER=existing, found MODE=$mode CLUSTER=$cluster" >&2; exit 2 ;;
 esac
 echo
-started=$(date +%s)
-case $mode-$cluster in
-  local-* | cluster-existing) make --no-print-directory env ;;
-  *) make --no-print-directory images ;;
-esac
-exec .venv/bin/python hack/demo/main.py --mode "$mode" --cluster "$cluster" --started "$started"
+SECONDS=0
+make --no-print-directory env
+setup=$SECONDS SECONDS=0
+[ "$mode-$cluster" != cluster-local ] || make --no-print-directory images
+exec .venv/bin/python hack/demo/main.py --mode "$mode" --cluster "$cluster" --setup-seconds "$setup" --cluster-seconds "$SECONDS"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from allele.store.population import PopulationStore
 from allele_cli.base import put_base
 from allele_cli.failure import Failure
 from allele_cli.watch import watch
+from hack.demo import target
 from hack.demo.summary import EXAMPLE, POPULATION, ROOT, Seconds, conclude, evaluate
+from hack.demo.target import Target
 
 NAMESPACE = "allele-demo"
 SYSTEM = "allele-system"
@@ -27,27 +31,28 @@ RUN = "preferences"
 
 
 def demo(*, existing: bool, seconds: Seconds) -> None:
-    install_chart()
+    where = target.existing(os.environ) if existing else target.local()
+    install_chart(where)
     prepare_namespace(environment=not existing)
-    store = fill_store()
+    store = fill_store(where)
     started = time.monotonic()
-    kubectl("apply", "--namespace", NAMESPACE, "--filename", str(EXAMPLE))
+    say("kubectl apply: store, runtime, pool, population, run")
+    apply([{**o, "metadata": {**o["metadata"], "namespace": NAMESPACE}} for o in where.objects.values()])
     print(f"\nkubectl -n {NAMESPACE} get ast,art,bp,apop,rlr")
     watch(RUN, namespace=NAMESPACE)
-    elapsed = time.monotonic() - started
-    endpoint = service_url(POOL)
-    result = evaluate(endpoint, base_model=POOL)
-    seconds.start = elapsed
-    conclude(store, result, seconds=seconds, mode="cluster")
-    suggest(endpoint)
+    seconds.start = time.monotonic() - started
+    with endpoint(POOL, forward=existing) as url:
+        result = evaluate(url, base_model=POOL)
+        conclude(store, result, seconds=seconds, mode="cluster")
+    suggest(None if existing else url)
 
 
-def install_chart() -> None:
+def install_chart(where: Target) -> None:
     say("helm upgrade --install allele charts/allele")
+    sets = [f"--set-string={k}={v}" for k, v in where.chart.items()]
     run(
         "helm", "upgrade", "--install", "allele", str(ROOT / "charts/allele"),
-        "--namespace", SYSTEM, "--create-namespace", "--values", str(ROOT / "hack/demo/values.yaml"),
-        *build_annotation(), "--wait", "--timeout", "3m",
+        "--namespace", SYSTEM, "--create-namespace", *sets, *build_annotation(), "--wait", "--timeout", "3m",
     )  # fmt: skip
 
 
@@ -100,48 +105,52 @@ def environment_volume(site_packages: Path) -> list[dict[str, Any]]:
     ]
 
 
-def fill_store() -> PopulationStore:
-    """The bucket, with the base in it. Credentials and endpoint are those of the example's AdapterStore."""
-    secret, spec = store_objects()
-    os.environ |= secret["stringData"] | {
-        "AWS_ENDPOINT_URL": spec["endpoint"],
-        "AWS_REGION": spec.get("region", "us-east-1"),
-        "AWS_ALLOW_HTTP": "true",
-    }
+def fill_store(where: Target) -> PopulationStore:
+    """The bucket, with the base in it. Credentials and endpoint are those that the pods get."""
+    os.environ |= where.store_environment
+    spec, base = where.objects["AdapterStore"]["spec"], where.objects["BasePool"]["spec"]["base"]
     client = boto3.client("s3", region_name=os.environ["AWS_REGION"])
     if spec["bucket"] not in {b["Name"] for b in client.list_buckets()["Buckets"]}:
-        say(f"bucket {spec['bucket']} at {spec['endpoint']}")
+        say(f"bucket {spec['bucket']}")
         client.create_bucket(Bucket=spec["bucket"])
-    (pool,) = yaml.safe_load_all((EXAMPLE / "03-pool.yaml").read_text())
-    say(f"allele base put examples/preferences/base --to {pool['spec']['base']['uri']}")
-    digest = put_base(EXAMPLE / "base", uri=pool["spec"]["base"]["uri"])
-    if digest != pool["spec"]["base"]["digest"]:
-        raise Failure(f"base: expected {pool['spec']['base']['digest']} as in 03-pool.yaml, found {digest}")
+    say(f"allele base put examples/preferences/base --to {base['uri']}")
+    digest = put_base(EXAMPLE / "base", uri=base["uri"])
+    if digest != base["digest"]:
+        raise Failure(f"base: expected {base['digest']} as in 03-pool.yaml, found {digest}")
     url = f"s3://{spec['bucket']}/{spec.get('prefix', '')}".rstrip("/")
     return PopulationStore.open(url, namespace=NAMESPACE, population=POPULATION)
 
 
-def store_objects() -> tuple[dict[str, Any], dict[str, Any]]:
-    objects = {o["kind"]: o for o in yaml.safe_load_all((EXAMPLE / "01-store.yaml").read_text()) if o}
-    return objects["Secret"], objects["AdapterStore"]["spec"]
+@contextlib.contextmanager
+def endpoint(pool: str, *, forward: bool) -> Iterator[str]:
+    """URL of the pool's gateway from here: the Service's address on our own node, else a forwarded port."""
+    if not forward:
+        service = json.loads(kubectl("get", "service", pool, "--namespace", NAMESPACE, "--output", "json"))
+        yield f"http://{service['spec']['clusterIP']}"
+        return
+    command = ["kubectl", "port-forward", "--namespace", NAMESPACE, f"service/{pool}", ":80"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forwarding:
+        assert forwarding.stdout is not None
+        line = forwarding.stdout.readline()  # Forwarding from 127.0.0.1:45678 -> 8000
+        if "127.0.0.1:" not in line:
+            raise Failure(f"{' '.join(command)}: expected a forwarded port, found {line!r}")
+        try:
+            yield f"http://{line.split()[2]}"
+        finally:
+            forwarding.terminate()
 
 
-def service_url(name: str) -> str:
-    service = json.loads(kubectl("get", "service", name, "--namespace", NAMESPACE, "--output", "json"))
-    port = service["spec"]["ports"][0]["port"]
-    return f"http://{service['spec']['clusterIP']}:{port}"
-
-
-def suggest(endpoint: str) -> None:
+def suggest(url: str | None) -> None:
     member = f"{POPULATION}/taste-0003"
     body = json.dumps({"model": member, "messages": [{"role": "user", "content": "kbdac="}], "max_tokens": 8})
+    forward = "" if url else f"  kubectl -n {NAMESPACE} port-forward service/{POOL} 8080:80 &\n"
     print(
         f"""
 Try next (the pool stays up; `make down` removes everything):
   export KUBECONFIG={os.environ["KUBECONFIG"]} PATH={Path(sys.executable).parent}:$PATH
   kubectl -n {NAMESPACE} get ast,art,bp,apop,rlr
   allele lineage {member} -n {NAMESPACE}
-  curl -s {endpoint}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+{forward}  curl -s {url or "http://127.0.0.1:8080"}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
 """
     )
 
