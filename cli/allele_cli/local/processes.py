@@ -18,6 +18,8 @@ from allele_cli.failure import Failure
 
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Delay before the n-th restart; the last one repeats."""
+INVALID_INPUT = 2
+"""Exit code of a role that was given something wrong: starting it again changes nothing."""
 GRACE_SECONDS = 10.0
 """From SIGTERM to SIGKILL when stopping."""
 
@@ -45,13 +47,13 @@ class Process:
         self._stopping = False
 
     async def run(self) -> int:
-        """Returns 0 when the process ended well. Raises Failure when it failed too often."""
+        """Returns 0 when the process ended well. Raises Failure when it failed too often, or for good."""
         while True:
             started = time.monotonic()
             code = await self._once()
             if code == 0 or self._stopping:
                 return code
-            if self.restarts >= self.spec.restarts:
+            if self.restarts >= self.spec.restarts or code == INVALID_INPUT:
                 raise Failure(
                     f"{self.spec.name}: ended with exit code {code}; last lines of {self.log}:\n{self.tail()}"
                 )
