@@ -32,7 +32,7 @@ async def workers(q: WorkQueue[str], handle: Handle, count: int = 4) -> AsyncIte
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the queue is watched from outside
+        while not condition():
             await asyncio.sleep(0.001)
 
 
