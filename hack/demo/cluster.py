@@ -52,7 +52,8 @@ def install_chart(where: Target) -> None:
     sets = [f"--set-string={k}={v}" for k, v in where.chart.items()]
     run(
         "helm", "upgrade", "--install", "allele", str(ROOT / "charts/allele"),
-        "--namespace", SYSTEM, "--create-namespace", *sets, *build_annotation(), "--wait", "--timeout", "3m",
+        "--namespace", SYSTEM, "--create-namespace", "--take-ownership", "--force-conflicts",
+        *sets, *build_annotation(), "--wait", "--timeout", "3m",
     )  # fmt: skip
 
 
