@@ -10,11 +10,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NEEDS = {"kubeconfig": "cluster", "engine": "engine"}
+SLOW = (
+    "trainer/",  # imports torch and Megatron, a minute in all
+    "cli/test_bad_input",  # a process of its own for each case
+    "format/test_peft_folder",  # imports torch
+    "store/test_capability",
+    "store/test_commit_once",
+    "store/test_fence",
+    "planning/test_admission",
+    "planning/test_convergence",
+)
+"""Files below tests/ that are left to `make test`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes a fixture of NEEDS, directly or not, gets its marker."""
+    """A test that takes a fixture of NEEDS, directly or not, gets its marker; so do SLOW files and S3 variants."""
     for item in items:
+        on_s3 = "s3" in item.name.partition("[")[2].removesuffix("]").split("-")
+        if on_s3 or item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+            item.add_marker("slow")
         for fixture, marker in NEEDS.items():
             if fixture in getattr(item, "fixturenames", ()):
                 item.add_marker(marker)

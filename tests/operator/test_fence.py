@@ -40,7 +40,7 @@ async def server() -> AsyncIterator[Server]:
     found = Server()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", found.answer)
-    runner = web.AppRunner(app, shutdown_timeout=0)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
