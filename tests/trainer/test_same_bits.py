@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
+from pyarrow import feather
 
 from allele_trainer.model.build import BaseModel, build
 from tests.trainer.trainer_parts import Example, Rig, adapter, examples, same_rows, start, write_base
@@ -66,6 +67,22 @@ def test_64_members_over_16_slots_equal_64_slots(example_model: BaseModel, tmp_p
     all_in = trained(Rig(example_model, tmp_path, slots=64), steps)
     in_waves = trained(Rig(example_model, tmp_path, slots=16), steps, wave=16)
     assert all(same_rows(all_in.row(m), in_waves.row(m)) for m in members)
+
+
+def test_recorded_rollouts_give_the_same_digests_over_16_slots_and_over_64(
+    example_model: BaseModel, tmp_path: pathlib.Path
+) -> None:
+    """What an engine really answered (recorded/record.py), trained, exported and hashed."""
+    table = feather.read_table(pathlib.Path(__file__).parent / "recorded/rollouts.feather").to_pylist()
+    steps = [[Example(**{k: v for k, v in r.items() if k != "step"}) for r in table if r["step"] == s] for s in (0, 1)]
+    members = list(dict.fromkeys(e.member for found in steps for e in found))
+    assert len(members) == 64
+    digests = {}
+    for slots in (64, 16):
+        rig = trained(Rig(example_model, tmp_path / str(slots), slots=slots), steps, wave=slots)
+        digests[slots] = {m: r.digest for m, r in rig.export(*members).weights.items()}
+    assert digests[16] == digests[64]
+    assert len(set(digests[64].values())) == 64
 
 
 def test_two_runs_that_take_each_others_slots_between_gradient_and_step(rig: Callable[..., Rig]) -> None:
