@@ -144,11 +144,12 @@ def endpoint(pool: str, *, forward: bool) -> Iterator[str]:
 def suggest(url: str | None) -> None:
     member = f"{POPULATION}/taste-0003"
     body = json.dumps({"model": member, "messages": [{"role": "user", "content": "kbdac="}], "max_tokens": 8})
+    shell = f". {ROOT / 'out/cluster/env'}; " if url else ""
     forward = "" if url else f"  kubectl -n {NAMESPACE} port-forward service/{POOL} 8080:80 &\n"
     print(
         f"""
 Try next (the pool stays up; `make down` removes everything):
-  export KUBECONFIG={os.environ["KUBECONFIG"]} PATH={Path(sys.executable).parent}:$PATH
+  {shell}export PATH={Path(sys.executable).parent}:$PATH
   kubectl -n {NAMESPACE} get ast,art,bp,apop,rlr
   allele lineage {member} -n {NAMESPACE}
 {forward}  curl -s {url or "http://127.0.0.1:8080"}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
