@@ -34,7 +34,7 @@ class Seconds:
 
 
 def evaluate(endpoint: str, base_model: str) -> Evaluation:
-    print(f"Evaluating 16 members and the base on {HELD_OUT_PROMPTS} held-out words through {endpoint}")
+    print(f"Evaluating the members and the base on {HELD_OUT_PROMPTS} held-out words through {endpoint}")
     result = asyncio.run(
         evaluate_files(
             FILES,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import urllib.request
 from collections.abc import Callable
 
-from tests.driver.driver_parts import DrivenRun
+from allele.protocol.commands import TrainerInfo
+from tests.driver.driver_parts import DrivenRun, Pool
 
 STEPS = 14
 
 
-def test_members_learn_and_every_step_is_one_commit(run: Callable[..., DrivenRun]) -> None:
+def test_members_learn_and_every_step_is_one_commit(run: Callable[..., DrivenRun], pool: Pool) -> None:
     learning = run("learns", members=4, steps=STEPS)
     driver = learning.start()
     assert driver.wait() == 0, driver.output()[-3000:]
+    with urllib.request.urlopen(f"{pool.trainer_url}/v1/info", timeout=10) as reply:
+        assert TrainerInfo.model_validate_json(reply.read()).used == 0, "a run that ended gives its slots back"
 
     assert learning.commits() == list(range(STEPS + 2))
     committed = learning.committed()

@@ -33,6 +33,9 @@ from allele_driver.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+RELEASE_SECONDS = 15
+"""How long the end of a run waits for the trainer to take its rows back."""
+
 RECOVERY_LIMIT = 5
 """Recoveries without a commit between them, after which the driver gives up and is restarted."""
 
@@ -84,6 +87,11 @@ class Run:
 
     async def run(self) -> bool:
         """Whether the run came to its end; False: it was told to stop, and can be gone on with."""
+        ended = await self._until_end()
+        await self._release()
+        return ended
+
+    async def _until_end(self) -> bool:
         steps = self._spec.stop.steps
         if self._step > steps:
             self._voice.phase("Succeeded")
@@ -101,6 +109,20 @@ class Run:
         finally:
             await self._cancel_ahead()
             await self._with.exposer.cancel()
+
+    async def _release(self) -> None:
+        """Give slots and memory of a long-lived trainer back. Nothing depends on it, so a trainer away is let be."""
+        bundle = self._bundle
+        try:
+            async with asyncio.timeout(RELEASE_SECONDS):
+                await self._with.trainer.reset(
+                    epoch=self._with.ledger.fence,
+                    namespace=bundle.namespace,
+                    population=bundle.population,
+                    members=(),
+                )
+        except (TimeoutError, ProtocolError) as e:
+            log.warning("the trainer keeps this run's rows: %s: %s", type(e).__name__, e)
 
     async def _advance(self) -> None:
         """One step, or a recovery after which the same step is done again from its samples on."""
