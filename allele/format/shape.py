@@ -2,7 +2,8 @@
 
 All adapters of one shape have the same size and byte layout, so row i of a trainer's bank, a packed file, and an
 engine slot are copies of each other. Order: per layer, per group of modules that engines fuse, all A then all B, so
-that a fused slot fills from one contiguous stretch.
+that a fused slot fills from one contiguous stretch. The experts of a layer count as one group: A of every expert, then
+B of every expert, because engines keep the experts of a layer in one weight.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 TARGETS = tuple(m for _, modules in FUSED for m in modules)
 _NUMPY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2")}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_MODELS = ("qwen3_moe",)
+"""Model types whose experts are `mlp.experts.<e>.{gate,up,down}_proj` in every layer and that have no shared expert."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,15 +67,17 @@ class AdapterShape:
         """
         _check_request(hf_config, rank=rank, targets=targets, dtype=dtype)
         sizes = _linear_sizes(hf_config)
+        experts = _experts(hf_config)
         slots: list[TensorSlot] = []
         offset = 0
         for layer in range(_size(hf_config, "num_hidden_layers")):
             for parent, modules in FUSED:
+                copies = [f"mlp.experts.{e}" for e in range(experts)] if experts and parent == "mlp" else [parent]
                 for half in ("A", "B"):
-                    for module in (m for m in modules if m in targets):
+                    for path, module in ((p, m) for p in copies for m in modules if m in targets):
                         out, into = sizes[module]
                         shape = (rank, into) if half == "A" else (out, rank)
-                        name = f"base_model.model.model.layers.{layer}.{parent}.{module}.lora_{half}.weight"
+                        name = f"base_model.model.model.layers.{layer}.{path}.{module}.lora_{half}.weight"
                         slots.append(TensorSlot(name, shape, offset, shape[0] * shape[1]))
                         offset += slots[-1].numel
         ordered = tuple(t for t in TARGETS if t in targets)
@@ -149,10 +154,23 @@ def _check_request(hf_config: Mapping[str, Any], *, rank: int, targets: Sequence
         raise ShapeMismatch("targets", expected=f"some of {', '.join(TARGETS)}, each once", found=list(targets))
     experts = next((k for k in _EXPERT_KEYS if hf_config.get(k)), None)
     mlp = [t for t in targets if t in ("gate_proj", "up_proj", "down_proj")]
-    if experts and mlp:
+    if not experts or not mlp:
+        return
+    if hf_config.get("model_type") not in _EXPERT_MODELS:
         raise ShapeMismatch(
             "targets", expected=f"attention modules, as the model has experts ({experts})", found=list(targets)
         )
+    for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if hf_config.get(key, usual) not in (usual, None):
+            raise ShapeMismatch(
+                f"config.json {key}", expected=f"{usual}: experts in every layer", found=repr(hf_config[key])
+            )
+
+
+def _experts(hf_config: Mapping[str, Any]) -> int:
+    """Experts of each layer that take adapters; 0 for a dense model."""
+    known = hf_config.get("model_type") in _EXPERT_MODELS
+    return _size(hf_config, "num_experts") if known and hf_config.get("num_experts") else 0
 
 
 def _size(hf_config: Mapping[str, Any], key: str) -> int:
@@ -163,12 +181,12 @@ def _size(hf_config: Mapping[str, Any], key: str) -> int:
 
 
 def _linear_sizes(hf_config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every target module of a Llama-like layer (Llama, Mistral, Qwen2, Qwen3)."""
+    """(out, in) of every target module of a Llama-like layer (Llama, Mistral, Qwen2, Qwen3), or of its experts."""
     hidden = _size(hf_config, "hidden_size")
     heads = _size(hf_config, "num_attention_heads")
     groups = _size(hf_config, "num_key_value_heads") if hf_config.get("num_key_value_heads") else heads
     head = _size(hf_config, "head_dim") if hf_config.get("head_dim") else hidden // heads
-    inner = _size(hf_config, "intermediate_size")
+    inner = _size(hf_config, "moe_intermediate_size" if _experts(hf_config) else "intermediate_size")
     return {
         "q_proj": (heads * head, hidden),
         "k_proj": (groups * head, hidden),

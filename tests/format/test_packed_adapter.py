@@ -165,6 +165,34 @@ def test_a_config_without_sizes_and_experts_in_the_mlp_are_refused(config: dict[
         AdapterShape.from_model(config | {"num_experts": 8}, rank=4, targets=["q_proj", "up_proj"])
 
 
+def test_every_expert_has_tensors_of_its_own_in_pefts_names() -> None:
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 48,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "moe_intermediate_size": 768,
+    }
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    shape = AdapterShape.from_model(config, rank=1, targets=targets)
+    assert len(shape.tensors) == 37_248
+    sizes = {t.name: t.shape for t in shape.tensors}
+    experts = "base_model.model.model.layers.47.mlp.experts"
+    assert sizes[f"{experts}.127.gate_proj.lora_A.weight"] == (1, 2048)
+    assert sizes[f"{experts}.127.gate_proj.lora_B.weight"] == (768, 1)
+    assert sizes[f"{experts}.0.down_proj.lora_A.weight"] == (1, 768)
+    first = [t.name for t in shape.tensors if ".layers.0.mlp." in t.name][:3]
+    assert [n.split("experts.")[1] for n in first] == [f"{e}_proj.lora_A.weight" for e in ("0.gate", "0.up", "1.gate")]
+    assert AdapterShape.from_model(config, rank=1, targets=["q_proj"]).tensors[0].shape == (1, 2048)
+    for key, value in (("decoder_sparse_step", 2), ("mlp_only_layers", [0])):
+        with pytest.raises(ShapeMismatch, match=rf"config\.json {key}: expected"):
+            AdapterShape.from_model(config | {key: value}, rank=1, targets=["up_proj"])
+
+
 def test_unpacking_and_viewing_copy_nothing_and_packing_copies_once(config: dict[str, Any]) -> None:
     shape = AdapterShape.from_model(config | {"intermediate_size": 65536}, rank=32, targets=["gate_proj", "down_proj"])
     row = np.ones(shape.numel, dtype="<f4")

@@ -17,6 +17,7 @@ from torch import Tensor
 from allele.format import AdapterShape
 from allele.protocol.commands import OptimizerSpec
 from allele_trainer.bank.layout import Block, blocks
+from allele_trainer.bank.shard import Shard
 
 _ALIGN = 16
 """fp32 elements in 64 bytes."""
@@ -54,7 +55,7 @@ class Bank:
         self._exp_avg, self._exp_avg_sq, self._gradient = (torch.zeros(slots, stride, device=device) for _ in range(3))
         self.scale = torch.zeros(slots + probes, device=device)
         self.steps = [0] * slots
-        self.stacks = {site: self._stack(block) for site, block in blocks(shape).items()}
+        self.stacks = {site: self._stack(block) for site, block in blocks(Shard(shape)).items()}
 
     def _stack(self, block: Block) -> Stack:
         def views(buffer: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
