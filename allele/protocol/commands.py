@@ -95,14 +95,18 @@ class Reset(Wire):
 class ResetDone(Wire):
     incarnation: str
     slots: int
+    wave: int
+    """Members to admit and train at a time; with fewer than `slots`, the next wave has room to come in meanwhile."""
     base_digest: str
 
 
 class Admit(Wire):
-    """Make rows of these members resident (at most `slots`); others of the run are written back to host memory."""
+    """Make rows of these members resident (at most `wave`); others of the run may lose their slots."""
 
     header: Header
     members: tuple[str, ...]
+    next: tuple[str, ...] = ()
+    """Members of the wave after this one: their rows are brought in while this one computes."""
 
 
 class Admitted(Wire):
@@ -125,9 +129,15 @@ class MemberLoss(Wire):
     """max |trained − rollout logprob| over the member's tokens: engine against trainer, when the policies are equal."""
 
 
+Mode = Literal["Batched", "OneByOne"]
+"""Micro-batches of many members or of one member each: the trainer chooses by measured cost; the same bits on CPU."""
+
+
 class ForwardBackwardDone(Wire):
     members: dict[str, MemberLoss]
     seconds: float
+    """From its first micro-batch to its last, those of other runs in between included."""
+    mode: Mode
 
 
 class OptimStep(Wire):
@@ -191,6 +201,10 @@ class TrainerInfo(Wire):
     incarnation: str
     base_digest: str
     slots: int
+    """Of each adapter shape."""
+    wave: int
+    slots_reason: str
+    """Where `slots` and `wave` come from: given, or what a probe of the memory found."""
     used: int
     runs: dict[str, int]
     """Epoch of each run."""

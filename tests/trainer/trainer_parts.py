@@ -18,6 +18,7 @@ from allele.store import PopulationStore
 from allele_trainer.bank.rows import Row
 from allele_trainer.bank.table import Key
 from allele_trainer.model.build import BaseModel
+from allele_trainer.parallel import initialise
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.trainer import Limits, Trainer
 
@@ -79,11 +80,22 @@ def batch(header: c.ForwardBackward, found: Sequence[Example]) -> bytes:
 class Rig:
     """A trainer without its server, on a store in a folder, and short ways to command it."""
 
-    def __init__(self, model: BaseModel, folder: pathlib.Path, *, slots: int = 16, max_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        folder: pathlib.Path,
+        *,
+        slots: int = 16,
+        wave: int | None = None,
+        max_tokens: int = 8192,
+        host_memory: int = 1 << 30,
+    ) -> None:
         self.store = PopulationStore.open(f"file://{folder}", namespace=NAMESPACE, population=POPULATION)
         self.model = model
-        limits = Limits(slots=slots, max_rank=16, max_tokens=max_tokens)
-        self.trainer = Trainer(model, open_store=lambda _ns, _name: RunStore(self.store), limits=limits)
+        limits = Limits(slots=slots, wave=wave or slots, max_rank=16, max_tokens=max_tokens, host_memory=host_memory)
+        self.trainer = Trainer(
+            model, ranks=initialise(), open_store=lambda _ns, _name: RunStore(self.store), limits=limits
+        )
 
     def header(self, run: str = "run") -> c.Header:
         return c.Header(run=run, epoch=1, incarnation="i", seq=1)

@@ -12,7 +12,9 @@ from aiohttp import web
 from ulid import ULID
 
 from allele.store import PopulationStore
+from allele_trainer.bank.host import free_memory
 from allele_trainer.model.build import build
+from allele_trainer.parallel import initialise
 from allele_trainer.server import logs
 from allele_trainer.server.app import Server
 from allele_trainer.server.metrics import Metrics
@@ -41,6 +43,14 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slots", type=int, default=16, help="adapters of one shape in the bank at a time (default: 16)"
     )
+    parser.add_argument(
+        "--wave", type=int, help="members with a gradient at a time (default: as many as slots; with CUDA half of them)"
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=int,
+        help="bytes for rows that are in no slot (default: half of what is free at the start)",
+    )
     parser.add_argument("--max-rank", type=int, default=8, help="largest rank of an adapter (default: 8)")
     parser.add_argument(
         "--max-tokens",
@@ -59,16 +69,20 @@ def main(argv: list[str] | None = None) -> None:
     logs.configure()
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model = build(args.base)
+    model, ranks = build(args.base), initialise()
+    wave = args.wave or (max(1, args.slots // 2) if model.device.type == "cuda" else args.slots)
+    limits = Limits(
+        slots=args.slots,
+        wave=min(wave, args.slots),
+        max_rank=args.max_rank,
+        max_tokens=args.max_tokens,
+        host_memory=args.host_memory or free_memory() // 2,
+    )
 
     def open_store(namespace: str, population: str) -> RunStore:
         return RunStore(PopulationStore.open(args.store, namespace=namespace, population=population))
 
-    trainer = Trainer(
-        model,
-        open_store=open_store,
-        limits=Limits(slots=args.slots, max_rank=args.max_rank, max_tokens=args.max_tokens),
-    )
+    trainer = Trainer(model, ranks=ranks, open_store=open_store, limits=limits)
     incarnation = str(ULID())
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

@@ -34,6 +34,10 @@ class Starts:
     def add(self, start: MemberStart) -> None:
         self._members[start.member] = start
 
+    def moved(self, member: str, state: ByteRange) -> None:
+        """From now on the member starts from this state."""
+        self._members[member] = self._members[member].model_copy(update={"state": state, "weights": None})
+
     def rows(self, members: Sequence[str]) -> list[Row]:
         """Read or make them. Raises DigestMismatch or InvalidRequest naming the member whose bytes are wrong."""
         starts = [self._members[m] for m in members]

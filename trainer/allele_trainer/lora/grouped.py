@@ -50,8 +50,8 @@ class _Grouped(torch.autograd.Function):
         plan: Plan = ctx.plan
         gy = grads[0].contiguous()  # grouped_mm refuses expanded gradients such as those of a sum
         update = F.grouped_mm(gy.t(), x, offs=plan.active_offsets)
-        if plan.dense:
-            ctx.grad[plan.first : plan.last].add_(update)
+        if plan.rows is not None:
+            ctx.grad[plan.rows.start : plan.rows.stop].add_(update)
         else:
             ctx.grad.index_add_(0, plan.active, update)
         gx = None
@@ -76,7 +76,7 @@ class _SlotBySlot(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gy = grads[0].contiguous()
         gx = torch.zeros_like(x)
-        for slot, begin, end in ctx.plan.spans:
-            ctx.grad[slot].addmm_(gy[begin:end].t(), x[begin:end])
+        for (slot, begin, end), row in zip(ctx.plan.spans, ctx.plan.active.tolist(), strict=True):
+            ctx.grad[row].addmm_(gy[begin:end].t(), x[begin:end])
             torch.mm(gy[begin:end], weight[slot], out=gx[begin:end])
         return gx, None, None, None

@@ -24,8 +24,8 @@ class Plan:
     """Tokens are ordered by slot; those after `tokens` are padding and have no adapter.
 
     `spans`: (slot, first token, end) of each active slot. `offsets`: end of each group of slots `first..last-1`, empty
-    ones included, for reads that take a slice of the bank; `active_offsets`: end of each group of `active`, for
-    gradients, which touch no other row.
+    ones included, for reads that take a slice of the bank; `active_offsets`: end of each group of active slots, whose
+    gradients are added to the rows `active` of G.
     """
 
     bank: Bank
@@ -35,18 +35,23 @@ class Plan:
     last: int
     offsets: Tensor
     active: Tensor
+    """Gradient row of each active slot."""
+    rows: range | None
+    """The same, when they follow each other."""
     active_offsets: Tensor
     scale: Tensor
     """`[T, 1]`, the factor on B·A·x of each token's adapter."""
 
-    @property
-    def dense(self) -> bool:
-        """True when every slot of the range has tokens."""
-        return self.active.numel() == self.last - self.first
+    versions: tuple[tuple[int, int], ...]
+    """(slot, its version) when the plan was made, after `stores` stores."""
+    stores: int
 
 
-def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int) -> Plan:
-    """Plan of (slot, tokens) pairs in ascending order of slot, in a batch of `padded` tokens."""
+def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool) -> Plan:
+    """Plan of (slot, tokens) pairs in ascending order of slot, in a batch of `padded` tokens.
+
+    With `gradients` each slot has a gradient row; probe rows have none.
+    """
     slots = [slot for slot, _ in counts]
     if slots != sorted(set(slots)) or not all(n > 0 for _, n in counts):
         raise ValueError(f"counts: expected ascending slots with tokens, found {counts}")
@@ -55,7 +60,7 @@ def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int) -> Plan:
     for slot, n in counts:
         tokens[slot - first] = n
     ends = tokens.cumsum(0).to(torch.int32)
-    active = torch.tensor(slots)
+    rows = [bank.gradient_row(slot) for slot in slots] if gradients else []
     per_token = torch.repeat_interleave(torch.arange(first, last), tokens).to(bank.device)
     scale = torch.zeros(padded, 1, device=bank.device)
     scale[: per_token.numel(), 0] = bank.scale[per_token]
@@ -67,9 +72,12 @@ def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int) -> Plan:
         first=first,
         last=last,
         offsets=ends.to(bank.device),
-        active=active.to(bank.device),
-        active_offsets=ends[active - first].to(bank.device),
+        active=torch.tensor(rows, dtype=torch.int64).to(bank.device),
+        rows=range(rows[0], rows[-1] + 1) if rows and rows == list(range(rows[0], rows[-1] + 1)) else None,
+        active_offsets=ends[torch.tensor(slots) - first].to(bank.device),
         scale=scale,
+        versions=tuple((slot, bank.versions[slot]) for slot in slots),
+        stores=bank.stores,
     )
 
 
@@ -78,6 +86,9 @@ _routed: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("allele_pl
 
 @contextlib.contextmanager
 def routed(current: Plan | None) -> Iterator[None]:
+    """Run a layer under a plan. Raises StaleSlot when one of its slots was given away since it was made."""
+    if current is not None:
+        current.bank.check(current.versions, noted=current.stores)
     token = _routed.set(current)
     try:
         yield

@@ -44,7 +44,7 @@ def train(
     sums = {slot: _Sums() for slot in weights}
     for micro_batch in micro_batches(samples, max_tokens=max_tokens):
         packed = pack(micro_batch)
-        batch = _on_device(model, bank, packed)
+        batch = _on_device(model, bank, packed, gradients=True)
         old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
         logprobs = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
         token = LOSSES[loss.kind](logprobs, old, advantages, loss)
@@ -62,7 +62,8 @@ def logprobs(model: BaseModel, bank: Bank, samples: Sequence[Sample], *, max_tok
     with torch.no_grad():
         for micro_batch in micro_batches(samples, max_tokens=max_tokens):
             packed = pack(micro_batch)
-            values = model.logprobs(_on_device(model, bank, packed), torch.as_tensor(packed.targets).to(model.device))
+            batch = _on_device(model, bank, packed, gradients=False)
+            values = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
             for slot, value in zip(packed.owners.tolist(), values.tolist(), strict=True):
                 result.setdefault(slot, []).append(value)
     return result
@@ -75,8 +76,9 @@ def _spoiled(packed: Packed) -> list[int]:
     return found
 
 
-def _on_device(model: BaseModel, bank: Bank, packed: Packed) -> PackedBatch:
-    return to_device(packed, plan=plan(bank, packed.counts, padded=packed.tokens.size), device=model.device)
+def _on_device(model: BaseModel, bank: Bank, packed: Packed, *, gradients: bool) -> PackedBatch:
+    routes = plan(bank, packed.counts, padded=packed.tokens.size, gradients=gradients)
+    return to_device(packed, plan=routes, device=model.device)
 
 
 def _add(sums: dict[int, _Sums], packed: Packed, token: TokenLoss, *, weight: Tensor, gap: Tensor) -> None:

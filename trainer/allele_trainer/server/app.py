@@ -108,7 +108,10 @@ class Server:
         log.info("reset", extra={"run": command.run, "epoch": command.epoch, "members": len(command.members)})
         return _json(
             c.ResetDone(
-                incarnation=self._sessions.incarnation, slots=self._trainer.limits.slots, base_digest=self._base_digest
+                incarnation=self._sessions.incarnation,
+                slots=self._trainer.limits.slots,
+                wave=self._trainer.limits.wave,
+                base_digest=self._base_digest,
             )
         )
 
@@ -149,6 +152,8 @@ class Server:
             incarnation=self._sessions.incarnation,
             base_digest=self._base_digest,
             slots=self._trainer.limits.slots,
+            wave=self._trainer.limits.wave,
+            slots_reason=self._trainer.limits.reason,
             used=self._trainer.used,
             runs=self._sessions.epochs,
             torch=torch.__version__,

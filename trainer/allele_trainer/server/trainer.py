@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
+import torch
 
 from allele.format import AdapterShape, ShapeMismatch, StateShape
 from allele.protocol import commands as c
 from allele.protocol.errors import InvalidRequest, NotFound
-from allele_trainer.bank.rows import Bank, Update
+from allele_trainer.bank.host import Held, HostTier
+from allele_trainer.bank.rows import Bank
+from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import Starts, from_bytes
+from allele_trainer.bank.step import Update, step
 from allele_trainer.bank.table import Key, Page, PageTable
 from allele_trainer.model.build import BaseModel
+from allele_trainer.parallel import Ranks
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
@@ -25,11 +30,22 @@ PROBE_ROWS = 16
 """Scratch rows of a bank, never more than its slots: members probed in one forward. Each costs P·4 bytes."""
 
 
+class NothingLearned(Exception):
+    """A member did not move although its gradient and its rate say that it should have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     slots: int
+    """Of each adapter shape."""
+    wave: int
+    """Members of one shape with a gradient at a time, never more than `slots`."""
     max_rank: int
     max_tokens: int
+    host_memory: int
+    """Bytes of rows that are in no slot."""
+    reason: str = "given"
+    """Where `slots` and `wave` come from."""
 
 
 @dataclasses.dataclass
@@ -41,9 +57,13 @@ class Run:
 
 
 class Trainer:
-    def __init__(self, model: BaseModel, *, open_store: Callable[[str, str], RunStore], limits: Limits) -> None:
-        self.model, self.limits = model, limits
+    def __init__(
+        self, model: BaseModel, *, ranks: Ranks, open_store: Callable[[str, str], RunStore], limits: Limits
+    ) -> None:
+        self.model, self.ranks, self.limits = model, ranks, limits
         self._open_store = open_store
+        self.host = HostTier(capacity=limits.host_memory, pinned=model.device.type == "cuda", spill=self._spill)
+        self._shapes: dict[tuple[int, tuple[str, ...]], AdapterShape] = {}
         self._tables: dict[str, PageTable] = {}
         self._runs: dict[str, Run] = {}
 
@@ -61,11 +81,14 @@ class Trainer:
         self.drop(command.run)
         run = self._runs[command.run] = Run(store, {})
         starts: dict[str, Starts] = {}
+        rules: dict[c.OptimizerSpec, c.OptimizerSpec] = {}
         for start, shape in zip(command.members, shapes, strict=True):
             table = run.tables[start.member] = self._table(shape)
             source = starts.setdefault(shape.digest, Starts(store, shape))
             source.add(start)
-            page = Page(scale=start.adapter.scale, optimizer=start.optimizer, start=source.rows)
+            page = Page(
+                scale=start.adapter.scale, optimizer=rules.setdefault(start.optimizer, start.optimizer), start=source
+            )
             table.add(Key(command.run, start.member), page)
 
     def drop(self, run: str) -> None:
@@ -74,14 +97,16 @@ class Trainer:
             table.drop_run(run)
 
     def admit(self, command: c.Admit) -> c.Admitted:
-        name, run = command.header.run, self._run(command.header)
+        run = self._run(command.header)
         slots: dict[str, int] = {}
         groups = self._by_table(run, command.header, command.members)
         for table in self._tables.values():
             keys = groups.get(id(table), [])
-            table.evict_others(name, keys)
             slots.update(zip((k.member for k in keys), table.resident(keys), strict=True))
         run.admitted = set(command.members)
+        for keys in self._by_table(run, command.header, command.next).values():
+            table = run.tables[keys[0].member]
+            table.prefetch(keys, keep={Key(command.header.run, m) for m in command.members})
         return c.Admitted(slots={m: slots[m] for m in command.members})
 
     def forward_backward(self, command: c.ForwardBackward, batch: pa.Table) -> c.ForwardBackwardDone:
@@ -91,7 +116,7 @@ class Trainer:
         members: dict[str, c.MemberLoss] = {}
         for keys in self._by_table(run, command.header, dict.fromkeys(s.member for s in samples)).values():
             table = run.tables[keys[0].member]
-            slot_of = dict(zip((k.member for k in keys), table.resident(keys), strict=True))
+            slot_of = dict(zip((k.member for k in keys), table.resident(keys, gradients=True), strict=True))
             for key in keys:
                 table.page(key).pending = True
             mine = [
@@ -101,7 +126,7 @@ class Trainer:
             ]
             losses = train(self.model, table.bank, mine, loss=command.loss, max_tokens=self.limits.max_tokens)
             members.update({m: losses[slot] for m, slot in slot_of.items()})
-        return c.ForwardBackwardDone(members=members, seconds=time.perf_counter() - began)
+        return c.ForwardBackwardDone(members=members, seconds=time.perf_counter() - began, mode="Batched")
 
     def optim_step(self, command: c.OptimStep) -> c.OptimStepDone:
         run, rates = self._run(command.header), command.learning_rates
@@ -117,13 +142,21 @@ class Trainer:
         members: dict[str, c.MemberUpdate] = {}
         for keys in groups.values():
             table = run.tables[keys[0].member]
-            for wave in _waves(keys, self.limits.slots):
-                slots = table.resident(wave)
+            for wave in _waves(keys, self.limits.wave):
+                slots = table.resident(wave, gradients=True)
                 updates = [
                     Update(s, rates[k.member], table.page(k).optimizer) for s, k in zip(slots, wave, strict=True)
                 ]
-                for key, done in zip(wave, table.bank.step(updates), strict=True):
+                for key, done in zip(wave, step(table.bank, updates, ranks=self.ranks), strict=True):
                     table.page(key).pending = False
+                    if not done.skipped:
+                        table.stepped(key)
+                    if not done.moved:
+                        raise NothingLearned(
+                            f"member {key.member}: expected other weights after its first step (gradient norm "
+                            f"{done.norm:g}, learning rate {rates[key.member]:g}), found the same: a rate below the "
+                            "precision of its weights, or a step that does not reach them"
+                        )
                     members[key.member] = c.MemberUpdate(step=done.step, grad_norm=done.norm, skipped=done.skipped)
         return c.OptimStepDone(members=members)
 
@@ -132,8 +165,8 @@ class Trainer:
         packed: dict[str, bytes] = {}
         for keys in self._by_table(run, command.header, command.members).values():
             table = run.tables[keys[0].member]
-            table.materialise(keys)
-            packed.update({k.member: table.bank.shape.pack(table.weights(k).numpy()) for k in keys})
+            for key, row in zip(keys, table.rows(keys), strict=True):
+                packed[key.member] = table.bank.shape.pack(row.weights.numpy())
         probes = self._probe(run, command, packed) if command.probes else {}
         weights = run.store.write_segment(packed, kind="segments") if packed else {}
         digests = {m: run.tables[m].bank.shape.digest for m in packed}
@@ -158,20 +191,33 @@ class Trainer:
 
     def save_state(self, command: c.SaveState) -> c.SaveStateDone:
         run = self._run(command.header)
+        self._by_table(run, command.header, command.members)
+        keys = [Key(command.header.run, m) for m in command.members]
+        return c.SaveStateDone(states=self._save(run, keys))
+
+    def _save(self, run: Run, keys: Sequence[Key]) -> dict[str, c.ByteRange]:
+        """Write newest rows as states; from then on they may be read from there."""
         packed: dict[str, bytes] = {}
-        for keys in self._by_table(run, command.header, command.members).values():
-            table = run.tables[keys[0].member]
-            state = StateShape(table.bank.shape)
-            table.materialise(keys)
-            for key in keys:
-                row = table.row(key)
-                packed[key.member] = state.pack(
-                    weights=row.weights.numpy(),
-                    exp_avg=row.exp_avg.numpy(),
-                    exp_avg_sq=row.exp_avg_sq.numpy(),
-                    step=row.step,
-                )
-        return c.SaveStateDone(states=run.store.write_segment(packed, kind="states") if packed else {})
+        for key in keys:
+            table = run.tables[key.member]
+            row = table.row(key)
+            packed[key.member] = StateShape(table.bank.shape).pack(
+                weights=row.weights.numpy(),
+                exp_avg=row.exp_avg.numpy(),
+                exp_avg_sq=row.exp_avg_sq.numpy(),
+                step=row.step,
+            )
+        states = run.store.write_segment(packed, kind="states") if packed else {}
+        for key in keys:
+            run.tables[key.member].saved(key, states[key.member])
+        return states
+
+    def _spill(self, rows: Sequence[Held]) -> None:
+        by_run: dict[str, list[Key]] = {}
+        for held in rows:
+            by_run.setdefault(held.key.run, []).append(held.key)
+        for name, keys in by_run.items():
+            self._save(self._runs[name], keys)
 
     def evict(self, command: c.Evict) -> c.Evicted:
         run = self._run(command.header)
@@ -201,17 +247,29 @@ class Trainer:
             )
         if start.optimizer.clip <= 0:
             raise InvalidRequest(f"member {start.member}, clip: expected a positive norm, found {start.optimizer.clip}")
-        try:
-            return AdapterShape.from_model(self.model.config.raw, rank=adapter.rank, targets=adapter.targets)
-        except ShapeMismatch as e:
-            raise InvalidRequest(f"member {start.member}: {e}") from e
+        kind = adapter.rank, adapter.targets
+        if kind not in self._shapes:
+            try:
+                self._shapes[kind] = AdapterShape.from_model(
+                    self.model.config.raw, rank=adapter.rank, targets=adapter.targets
+                )
+            except ShapeMismatch as e:
+                raise InvalidRequest(f"member {start.member}: {e}") from e
+        return self._shapes[kind]
 
     def _table(self, shape: AdapterShape) -> PageTable:
         """The bank of a shape, made when its first member appears."""
         if shape.digest not in self._tables:
             slots = self.limits.slots
-            bank = Bank(shape, slots=slots, probes=min(slots, PROBE_ROWS), device=self.model.device)
-            self._tables[shape.digest] = PageTable(bank)
+            bank = Bank(
+                Shard(shape, self.ranks.place),
+                slots=slots,
+                gradients=self.limits.wave,
+                probes=min(slots, PROBE_ROWS),
+                device=self.model.device,
+                dtype=torch.bfloat16 if self.model.device.type == "cuda" else torch.float32,
+            )
+            self._tables[shape.digest] = PageTable(bank, self.host)
         return self._tables[shape.digest]
 
     def _check_probes(self, probes: Sequence[c.ProbeSequence]) -> None:
