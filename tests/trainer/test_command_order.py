@@ -8,12 +8,9 @@ from collections.abc import AsyncIterator, Callable
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestServer
-from pydantic import BaseModel
 
 from allele.protocol import commands as c
 from allele.protocol.errors import (
-    CODES,
-    ErrorReply,
     InvalidRequest,
     NotFound,
     ProtocolError,
@@ -21,60 +18,11 @@ from allele.protocol.errors import (
     StaleEpoch,
     Unavailable,
     UnknownIncarnation,
-    raise_reply,
 )
 from allele_trainer.server.app import Server
 from allele_trainer.server.metrics import Metrics
-from tests.trainer.trainer_parts import NAMESPACE, POPULATION, Rig, adapter, batch, examples, same_rows, start
-
-MEMBERS = ("a", "b")
-FOUND = examples(MEMBERS, each=3, vocab=96)
-
-
-class Client:
-    """What a driver sends, written on the wire types alone."""
-
-    def __init__(self, rig: Rig, server: TestServer, session: aiohttp.ClientSession) -> None:
-        self.rig, self._url, self._session = rig, str(server.make_url("")).rstrip("/"), session
-        self.incarnation = ""
-
-    async def post(self, name: str, body: str | bytes) -> bytes:
-        async with self._session.post(f"{self._url}/v1/{name}", data=body) as answer:
-            reply = await answer.read()
-            if answer.status != 200:
-                parsed = ErrorReply.model_validate_json(reply)
-                assert answer.status == CODES.get(parsed.code, ProtocolError).status
-                raise_reply(parsed)
-            return reply
-
-    async def get(self, path: str) -> str:
-        async with self._session.get(f"{self._url}{path}") as answer:
-            assert answer.status == 200
-            return await answer.text()
-
-    async def reset(self, *, epoch: int = 1, run: str = "run", members: tuple[str, ...] = MEMBERS) -> None:
-        starts = tuple(start(m, adapter(), seed=i) for i, m in enumerate(members))
-        command = c.Reset(run=run, epoch=epoch, namespace=NAMESPACE, population=POPULATION, members=starts)
-        done = c.ResetDone.model_validate_json(await self.send("reset", command))
-        self.incarnation = done.incarnation
-
-    def header(self, seq: int, **other: object) -> c.Header:
-        return c.Header.model_validate({"run": "run", "epoch": 1, "incarnation": self.incarnation, "seq": seq} | other)
-
-    async def admit(self, seq: int, *members: str, **other: object) -> bytes:
-        return await self.send("admit", c.Admit(header=self.header(seq, **other), members=members or MEMBERS))
-
-    async def forward_backward(self, seq: int) -> bytes:
-        return await self.post(
-            "forward_backward", batch(c.ForwardBackward(header=self.header(seq), loss=c.LossSpec()), FOUND)
-        )
-
-    async def optim_step(self, seq: int, rate: float = 1e-2) -> bytes:
-        rates = dict.fromkeys(MEMBERS, rate)
-        return await self.send("optim_step", c.OptimStep(header=self.header(seq), learning_rates=rates))
-
-    async def send(self, name: str, command: BaseModel) -> bytes:
-        return await self.post(name, command.model_dump_json())
+from tests.trainer.trainer_parts import NAMESPACE, Rig, adapter, batch, same_rows, start
+from tests.trainer.wire_client import FOUND, MEMBERS, Client
 
 
 @pytest.fixture
@@ -82,7 +30,7 @@ async def client(rig: Callable[..., Rig]) -> AsyncIterator[Client]:
     mine = rig(slots=2)
     server = Server(mine.trainer, incarnation="first", base_digest="sha256:base", metrics=Metrics())
     async with TestServer(server.app()) as running, aiohttp.ClientSession() as session:
-        yield Client(mine, running, session)
+        yield Client(mine, str(running.make_url("")), session)
 
 
 async def test_a_whole_step_over_http_equals_the_step_in_process(client: Client, rig: Callable[..., Rig]) -> None:
@@ -127,7 +75,6 @@ async def test_a_gradient_asked_for_twice_counts_once(client: Client) -> None:
     norms = []
     for epoch, times in ((1, 1), (2, 3)):
         await client.reset(epoch=epoch)
-        client.header = lambda seq, epoch=epoch: Client.header(client, seq, epoch=epoch)  # type: ignore[method-assign]
         await client.admit(1)
         for _ in range(times):
             await client.forward_backward(2)
@@ -156,7 +103,7 @@ async def test_an_older_driver_is_refused_after_a_newer_one_reset(client: Client
     await client.reset(epoch=1)
     await client.reset(epoch=2)
     with pytest.raises(StaleEpoch, match="expected epoch 2 or later, found 1"):
-        await client.admit(1)
+        await client.admit(1, epoch=1)
     with pytest.raises(StaleEpoch):
         await client.reset(epoch=1)
     await client.admit(1, epoch=2)

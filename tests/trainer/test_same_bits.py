@@ -100,3 +100,17 @@ def test_two_runs_that_take_each_others_slots_between_gradient_and_step(rig: Cal
     for run in "xy":
         alone = trained(rig(slots=3), [found[run]] * 3)
         assert all(same_rows(shared.row(m, run=run), alone.row(m)) for m in rates)
+
+
+def test_batched_and_one_by_one(rig: Callable[..., Rig]) -> None:
+    members = [f"m{i}" for i in range(5)]
+    steps = [examples(members, each=4, vocab=96, seed=s) for s in range(STEPS)]
+    rigs = {}
+    for mode in ("Batched", "OneByOne"):
+        rigs[mode] = mine = rig(slots=5, max_tokens=70)
+        mine.reset([start(m, adapter(), seed=int(m[1:])) for m in members])
+        mine.admit(*members)
+        for found in steps:
+            mine.forward_backward(found, mode=mode)  # type: ignore[arg-type]
+            mine.optim_step(dict.fromkeys(members, 5e-3))
+    assert all(same_rows(rigs["Batched"].row(m), rigs["OneByOne"].row(m)) for m in members)

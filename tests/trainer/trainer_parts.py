@@ -19,8 +19,10 @@ from allele_trainer.bank.rows import Row
 from allele_trainer.bank.table import Key
 from allele_trainer.model.build import BaseModel
 from allele_trainer.parallel import initialise
+from allele_trainer.server.shares import Shares
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.trainer import Limits, Trainer
+from allele_trainer.server.work import Part
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMESPACE, POPULATION = "lab", "mice"
@@ -58,6 +60,10 @@ class Example:
     completion: list[int]
     logprobs: list[float]
     advantage: float
+
+    @property
+    def inputs(self) -> int:
+        return len(self.prompt) + len(self.completion) - 1
 
 
 def examples(members: Iterable[str], *, each: int, vocab: int, seed: int = 0) -> list[Example]:
@@ -106,9 +112,16 @@ class Rig:
     def admit(self, *members: str, run: str = "run") -> dict[str, int]:
         return self.trainer.admit(c.Admit(header=self.header(run), members=members)).slots
 
-    def forward_backward(self, found: Sequence[Example], *, run: str = "run") -> Mapping[str, c.MemberLoss]:
+    def forward_backward(
+        self, found: Sequence[Example], *, run: str = "run", mode: c.Mode = "Batched"
+    ) -> Mapping[str, c.MemberLoss]:
         command = c.ForwardBackward(header=self.header(run), loss=c.LossSpec())
-        return self.trainer.forward_backward(*wire.decode(batch(command, found), c.ForwardBackward, wire.TRAIN)).members
+        work = self.trainer.begin(*wire.decode(batch(command, found), c.ForwardBackward, wire.TRAIN))
+        shares: Shares[Part] = Shares(max_tokens=self.trainer.limits.max_tokens)
+        shares.add(run, work.units, mode=mode)
+        while units := shares.next(fits=self.trainer.fits):
+            self.trainer.train([u.work for _, u in units])
+        return work.done().members
 
     def optim_step(self, rates: Mapping[str, float], *, run: str = "run") -> Mapping[str, c.MemberUpdate]:
         command = c.OptimStep(header=self.header(run), learning_rates=dict(rates))

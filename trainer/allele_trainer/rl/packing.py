@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -81,14 +81,14 @@ def micro_batches(samples: Iterable[Sample], *, max_tokens: int) -> list[list[Sa
         by_slot.setdefault(sample.slot, []).append(sample)
     rounds: list[list[list[Sample]]] = []
     for slot in sorted(by_slot):
-        for i, unit in enumerate(_units(by_slot[slot], max_tokens)):
+        for i, unit in enumerate(units_of(by_slot[slot], max_tokens=max_tokens)):
             if i == len(rounds):
                 rounds.append([])
             rounds[i].append(unit)
     batches: list[list[Sample]] = []
-    for units in rounds:
+    for round_ in rounds:
         room = 0
-        for unit in units:
+        for unit in round_:
             size = sum(s.inputs for s in unit)
             if size > room:
                 batches.append([])
@@ -98,8 +98,22 @@ def micro_batches(samples: Iterable[Sample], *, max_tokens: int) -> list[list[Sa
     return batches
 
 
-def _units(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    units: list[list[Sample]] = [[]]
+class Sized(Protocol):
+    @property
+    def inputs(self) -> int:
+        """Tokens that go into the model."""
+
+
+S = TypeVar("S", bound=Sized)
+
+
+def units_of(samples: Sequence[S], *, max_tokens: int) -> list[list[S]]:
+    """A member's sequences, in order, in parts of at most `max_tokens` input tokens or of one longer sequence.
+
+    Gradients of a unit are summed by the GEMM, those of units one after the other: which sequences share one decides
+    bits, so it follows from the member's own sequences alone.
+    """
+    units: list[list[S]] = [[]]
     size = 0
     for sample in samples:
         if units[-1] and size + sample.inputs > max_tokens:
@@ -161,14 +175,6 @@ def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBuc
     total = int(starts[-1])
     scatter[:total] = np.arange(total) + np.repeat(place - starts[:-1], lengths)
     return tuple(buckets), scatter
-
-
-def token_weights(samples: Iterable[Sample]) -> Mapping[int, float]:
-    """Slot → 1 / completion tokens of that slot in the whole command."""
-    totals: dict[int, int] = {}
-    for sample in samples:
-        totals[sample.slot] = totals.get(sample.slot, 0) + len(sample.completion)
-    return {slot: 1.0 / total for slot, total in totals.items()}
 
 
 def _padded(n: int) -> int:

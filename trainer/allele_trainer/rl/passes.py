@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,16 +15,27 @@ from allele_trainer.lora.plan import plan
 from allele_trainer.model.batch import PackedBatch, to_device
 from allele_trainer.model.build import BaseModel
 from allele_trainer.rl.losses import LOSSES, TokenLoss
-from allele_trainer.rl.packing import Packed, Sample, micro_batches, pack, token_weights
+from allele_trainer.rl.packing import Packed, Sample, micro_batches, pack
 
 
 @dataclasses.dataclass
-class _Sums:
+class Sums:
+    """Of a member's tokens so far."""
+
     tokens: int = 0
     loss: float = 0.0
     ratio: float = 0.0
     clipped: float = 0.0
     gap: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        self.tokens += other.tokens
+        self.loss, self.ratio, self.clipped = (
+            self.loss + other.loss,
+            self.ratio + other.ratio,
+            self.clipped + other.clipped,
+        )
+        self.gap = float(np.maximum(self.gap, other.gap))
 
     def report(self) -> MemberLoss:
         n = self.tokens
@@ -34,26 +45,22 @@ class _Sums:
 
 
 def train(
-    model: BaseModel, bank: Bank, samples: Sequence[Sample], *, loss: LossSpec, max_tokens: int
-) -> dict[int, MemberLoss]:
-    """Add the samples' gradients to the rows of their slots; gives each slot's loss.
+    model: BaseModel, bank: Bank, micro_batch: Sequence[Sample], *, loss: LossSpec, weights: Mapping[int, float]
+) -> dict[int, Sums]:
+    """Add the samples' gradients to the gradient rows of their slots; gives each slot's sums.
 
-    The loss of a token counts 1 / (completion tokens of its slot in `samples`).
+    `weights`: what a token of each slot counts in its member's loss. Samples in ascending order of slot.
     """
-    weights = token_weights(samples)
-    sums = {slot: _Sums() for slot in weights}
-    for micro_batch in micro_batches(samples, max_tokens=max_tokens):
-        packed = pack(micro_batch)
-        batch = _on_device(model, bank, packed, gradients=True)
-        old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
-        logprobs = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
-        token = LOSSES[loss.kind](logprobs, old, advantages, loss)
-        weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
-        (token.loss * weight).sum().backward()
-        for slot in _spoiled(packed):
-            bank.spoil(slot)
-        _add(sums, packed, token, weight=weight, gap=(logprobs.detach() - old).abs())
-    return {slot: s.report() for slot, s in sums.items()}
+    packed = pack(micro_batch)
+    batch = _on_device(model, bank, packed, gradients=True)
+    old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
+    found = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
+    token = LOSSES[loss.kind](found, old, advantages, loss)
+    weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
+    (token.loss * weight).sum().backward()
+    for slot in _spoiled(packed):
+        bank.spoil(slot)
+    return _sums(packed, token, weight=weight, gap=(found.detach() - old).abs())
 
 
 def logprobs(model: BaseModel, bank: Bank, samples: Sequence[Sample], *, max_tokens: int) -> dict[int, list[float]]:
@@ -81,16 +88,15 @@ def _on_device(model: BaseModel, bank: Bank, packed: Packed, *, gradients: bool)
     return to_device(packed, plan=routes, device=model.device)
 
 
-def _add(sums: dict[int, _Sums], packed: Packed, token: TokenLoss, *, weight: Tensor, gap: Tensor) -> None:
-    """Sums of each slot's tokens, which lie side by side; NaN stays NaN."""
+def _sums(packed: Packed, token: TokenLoss, *, weight: Tensor, gap: Tensor) -> dict[int, Sums]:
+    """Of each slot's tokens, which lie side by side; NaN stays NaN."""
     first = np.flatnonzero(np.diff(packed.owners, prepend=-1))
     loss, ratio, clipped, gaps = (
         t.detach().double().cpu().numpy() for t in (token.loss * weight, token.ratio, token.clipped, gap)
     )
     totals = [np.add.reduceat(v, first) for v in (np.ones_like(loss), loss, ratio, clipped)]
     peaks = np.maximum.reduceat(gaps, first)
-    for slot, n, a, b, c, peak in zip(packed.owners[first].tolist(), *totals, peaks, strict=True):
-        s = sums[slot]
-        s.tokens += int(n)
-        s.loss, s.ratio, s.clipped = s.loss + float(a), s.ratio + float(b), s.clipped + float(c)
-        s.gap = float(np.maximum(s.gap, peak))
+    return {
+        slot: Sums(int(n), float(a), float(b), float(c), float(peak))
+        for slot, n, a, b, c, peak in zip(packed.owners[first].tolist(), *totals, peaks, strict=True)
+    }

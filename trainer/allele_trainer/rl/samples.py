@@ -23,6 +23,11 @@ class MemberSample:
     logprobs: list[float]
     advantage: float
 
+    @property
+    def inputs(self) -> int:
+        """Tokens that go into the model: the last one is only a target."""
+        return len(self.prompt) + len(self.completion) - 1
+
 
 def read_samples(table: pa.Table, *, members: Collection[str], vocab: int, context: int) -> list[MemberSample]:
     """Rows of a TRAIN batch. Raises InvalidRequest for the first row that cannot be trained on."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from allele_trainer.server.trainer import Trainer
 
 
 class Metrics:
@@ -16,7 +21,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "allele_trainer_command_seconds",
-            "Seconds a command ran, without its time in the queue.",
+            "Seconds a command ran, without its time in the queue; of shared micro-batches, its part by tokens.",
             ["command"],
             buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300),
             registry=self.registry,
@@ -33,3 +38,26 @@ class Metrics:
             "allele_trainer_slots_used", "Slots that hold an adapter, all shapes together.", registry=self.registry
         )
         self.runs = Gauge("allele_trainer_runs", "Runs that have reset this incarnation.", registry=self.registry)
+        self.micro_batches = Counter(
+            "allele_trainer_micro_batches",
+            "Micro-batches trained, shared by several runs or of one run's own.",
+            ["company"],
+            registry=self.registry,
+        )
+        self.rows = Gauge(
+            "allele_trainer_rows_moved",
+            "Rows since the start that were loaded into slots, written_back from them, left_clean, dropped from host "
+            "memory (they can be read again) or spilled from it to the store.",
+            ["how"],
+            registry=self.registry,
+        )
+        self.host = Gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", registry=self.registry)
+
+    def observe(self, trainer: Trainer, *, runs: int) -> None:
+        """Bring the gauges up to date."""
+        self.slots.set(trainer.limits.slots)
+        self.used.set(trainer.used)
+        self.runs.set(runs)
+        self.host.set(trainer.host.used)
+        for how, count in trainer.moved().items():
+            self.rows.labels(how).set(count)

@@ -6,20 +6,21 @@ Nothing in memory outlives doubt: a command that failed half-way closes the epoc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from allele.protocol.commands import Header
-from allele.protocol.errors import InvalidRequest, ProtocolError, SequenceGap, StaleEpoch, UnknownIncarnation
+from allele.protocol.errors import InvalidRequest, SequenceGap, StaleEpoch, UnknownIncarnation
 
 
 @dataclasses.dataclass
 class Session:
-    """What the trainer remembers of a run's conversation; `fingerprint` tells a repeat from another command."""
+    """What the trainer remembers of a run's conversation; a fingerprint tells a repeat from another command."""
 
     epoch: int
     seq: int = 0
     fingerprint: bytes = b""
     reply: bytes = b""
+    running: bytes = b""
+    """Fingerprint of the command that is being executed, under seq + 1."""
     broken: str = ""
 
 
@@ -47,15 +48,9 @@ class Sessions:
         self.check_epoch(run, epoch)
         self._sessions[run] = Session(epoch)
 
-    def close(self, run: str) -> None:
-        self._sessions.pop(run, None)
-
-    def execute(self, header: Header, fingerprint: bytes, work: Callable[[], bytes]) -> bytes:
-        """The command's answer: from `work` the first time, remembered the second.
-
-        A ProtocolError of `work` means that nothing was changed: the seq may be tried again. Any other exception closes
-        the epoch.
-        """
+    def begin(self, header: Header, fingerprint: bytes) -> bytes | None:
+        """The answer of a command that was executed before; None for the next one, which is running from now on, and
+        for a repeat of one that runs."""
         session = self._checked(header)
         if header.seq == session.seq:
             if fingerprint != session.fingerprint:
@@ -67,15 +62,24 @@ class Sessions:
             raise SequenceGap(
                 f"run {header.run}: expected seq {session.seq + 1}, found {header.seq}; nothing was executed"
             )
-        try:
-            reply = work()
-        except ProtocolError:
-            raise
-        except Exception as e:
-            session.broken = f"{type(e).__name__}: {e}"
-            raise
-        session.seq, session.fingerprint, session.reply = header.seq, fingerprint, reply
-        return reply
+        if session.running and session.running != fingerprint:
+            raise InvalidRequest(f"seq: {header.seq} of run {header.run} is another command, which is running")
+        session.running = fingerprint
+        return None
+
+    def done(self, header: Header, reply: bytes) -> None:
+        """The running command was executed."""
+        session = self._sessions[header.run]
+        session.seq, session.fingerprint, session.reply, session.running = header.seq, session.running, reply, b""
+
+    def refused(self, header: Header) -> None:
+        """The running command changed nothing: its seq may be tried again."""
+        self._sessions[header.run].running = b""
+
+    def broke(self, header: Header, error: Exception) -> None:
+        """The running command failed half-way: the epoch is closed."""
+        session = self._sessions[header.run]
+        session.running, session.broken = b"", f"{type(error).__name__}: {error}"
 
     def _checked(self, header: Header) -> Session:
         if header.incarnation != self.incarnation:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
@@ -24,7 +24,9 @@ from allele_trainer.parallel import Ranks
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
+from allele_trainer.server.shares import Unit
 from allele_trainer.server.store import RunStore
+from allele_trainer.server.work import Part, Work, work_of
 
 PROBE_ROWS = 16
 """Scratch rows of a bank, never more than its slots: members probed in one forward. Each costs P·4 bytes."""
@@ -71,6 +73,17 @@ class Trainer:
     def used(self) -> int:
         return sum(t.used for t in self._tables.values())
 
+    def moved(self) -> dict[str, int]:
+        """Rows so far, by what happened to them."""
+        tables = self._tables.values()
+        return {
+            "loaded": sum(t.loaded for t in tables),
+            "written_back": sum(t.written_back for t in tables),
+            "left_clean": sum(t.clean for t in tables),
+            "dropped": self.host.dropped,
+            "spilled": self.host.spilled,
+        }
+
     def reset(self, command: c.Reset) -> None:
         """Forget the run's rows and note where its members start; rows are read when first needed."""
         shapes = [self._shape(m) for m in command.members]
@@ -109,24 +122,43 @@ class Trainer:
             table.prefetch(keys, keep={Key(command.header.run, m) for m in command.members})
         return c.Admitted(slots={m: slots[m] for m in command.members})
 
-    def forward_backward(self, command: c.ForwardBackward, batch: pa.Table) -> c.ForwardBackwardDone:
-        began, run = time.perf_counter(), self._run(command.header)
-        config = self.model.config
+    def begin(self, command: c.ForwardBackward, batch: pa.Table) -> Work:
+        """Validate a forward_backward and cut it into units for `train`; nothing is computed yet."""
+        run, config = self._run(command.header), self.model.config
         samples = read_samples(batch, members=run.admitted, vocab=config.vocab, context=config.context)
-        members: dict[str, c.MemberLoss] = {}
-        for keys in self._by_table(run, command.header, dict.fromkeys(s.member for s in samples)).values():
-            table = run.tables[keys[0].member]
-            slot_of = dict(zip((k.member for k in keys), table.resident(keys, gradients=True), strict=True))
-            for key in keys:
-                table.page(key).pending = True
-            mine = [
-                Sample(slot_of[s.member], s.prompt, s.completion, s.logprobs, s.advantage)
-                for s in samples
-                if s.member in slot_of
+        work = work_of(command, samples, run.tables, max_tokens=self.limits.max_tokens)
+        for member in work.sums:
+            run.tables[member].page(Key(command.header.run, member)).pending = True
+        return work
+
+    def fits(self, units: Sequence[Unit[Part]]) -> bool:
+        """Whether these may share a micro-batch."""
+        members = collections.Counter(id(u.work.table) for u in units)
+        return max(members.values()) <= self.limits.wave
+
+    def train(self, parts: Sequence[Part]) -> None:
+        """One micro-batch, of any runs: add gradients to its members' rows and sums to their work.
+
+        Raises what the store raises, or Overloaded, before anything is computed.
+        """
+        by_table: dict[int, list[Part]] = {}
+        by_pass: dict[tuple[int, c.LossSpec], list[Part]] = {}
+        for part in parts:
+            by_table.setdefault(id(part.table), []).append(part)
+            by_pass.setdefault((id(part.table), part.work.loss), []).append(part)
+        for some in by_table.values():  # what may fail comes before what cannot be undone
+            some[0].table.resident([p.key for p in some], gradients=True)
+        for (_, loss), some in by_pass.items():
+            table = some[0].table
+            slots = table.resident([p.key for p in some], gradients=True)
+            order = sorted(zip(slots, some, strict=True), key=lambda pair: pair[0])
+            samples = [
+                Sample(slot, s.prompt, s.completion, s.logprobs, s.advantage) for slot, p in order for s in p.samples
             ]
-            losses = train(self.model, table.bank, mine, loss=command.loss, max_tokens=self.limits.max_tokens)
-            members.update({m: losses[slot] for m, slot in slot_of.items()})
-        return c.ForwardBackwardDone(members=members, seconds=time.perf_counter() - began, mode="Batched")
+            weights = {slot: p.work.weights[p.key.member] for slot, p in order}
+            sums = train(self.model, table.bank, samples, loss=loss, weights=weights)
+            for slot, part in order:
+                part.work.sums[part.key.member].add(sums[slot])
 
     def optim_step(self, command: c.OptimStep) -> c.OptimStepDone:
         run, rates = self._run(command.header), command.learning_rates
