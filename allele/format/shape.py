@@ -169,8 +169,10 @@ def _check_request(hf_config: Mapping[str, Any], *, rank: int, targets: Sequence
 
 def _experts(hf_config: Mapping[str, Any]) -> int:
     """Experts of each layer that take adapters; 0 for a dense model."""
-    known = hf_config.get("model_type") in _EXPERT_MODELS
-    return _size(hf_config, "num_experts") if known and hf_config.get("num_experts") else 0
+    if hf_config.get("model_type") not in _EXPERT_MODELS:
+        return 0
+    key = next((k for k in _EXPERT_KEYS if hf_config.get(k)), None)
+    return _size(hf_config, key) if key else 0
 
 
 def _size(hf_config: Mapping[str, Any], key: str) -> int:

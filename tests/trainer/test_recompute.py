@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 
-import pytest
 import torch
-from megatron.core.tensor_parallel import random as megatron_random
 
 from allele.format import AdapterShape
 from allele_trainer.bank.rows import Bank
+from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import fresh
 from allele_trainer.lora.plan import plan
 from allele_trainer.model.batch import to_device
 from allele_trainer.model.build import BaseModel, build
+from allele_trainer.parallel import Layout, initialise
 from allele_trainer.rl.packing import Sample, pack
-from tests.trainer.trainer_parts import adapter, write_base
-
-
-@pytest.fixture
-def recomputing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BaseModel]:
-    """A model of its own that recomputes every layer in its backward; Megatron's random states stand on CUDA alone."""
-    monkeypatch.setattr(megatron_random, "_get_cuda_rng_state", lambda *_a, **_k: torch.get_rng_state())
-    monkeypatch.setattr(megatron_random, "_set_cuda_rng_state", lambda *_a, **_k: None)
-    model = build(write_base(tmp_path / "base"))
-    config = model.gpt.config
-    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
-    yield model
+from tests.trainer.trainer_parts import adapter
 
 
 def test_backwards_after_all_forwards_give_the_gradients_of_the_plain_model(
-    model: BaseModel, recomputing: BaseModel
+    model: BaseModel, base: pathlib.Path
 ) -> None:
+    recomputing = build(base, initialise(Layout(recompute=True)))
     spec = adapter()
     shape = AdapterShape.from_model(model.config.raw, rank=spec.rank, targets=spec.targets)
     generator = torch.Generator().manual_seed(0)
@@ -40,14 +29,13 @@ def test_backwards_after_all_forwards_give_the_gradients_of_the_plain_model(
     batches = [[Sample(0, [1, 2, 3], [4, 5])], [Sample(1, [6], [7, 8, 9]), Sample(2, [10, 11], [12])]]
     gradients = []
     for each in (model, recomputing):
-        bank = Bank(shape, slots=3, probes=1, device=each.device)
+        bank = Bank(Shard(shape), slots=3, probes=1, device=each.device)
         for slot, row in enumerate(weights):
             bank.store(slot, fresh(row), scale=2.0)
-        each.gpt.train()
         losses = []
         for samples in batches:
             packed = pack(samples)
-            routing = plan(bank, packed.counts, padded=packed.tokens.size)
+            routing = plan(bank, packed.counts, padded=packed.tokens.size, gradients=True)
             batch = to_device(packed, plan=routing, device=each.device)
             losses.append(each.logprobs(batch, torch.as_tensor(packed.targets)).sum())
         for loss in losses:  # the first micro-batch runs again after the second set its routing

@@ -84,7 +84,8 @@ class Ranks:
     layout: Layout
     rank: int
     device: torch.device
-    control: dist.ProcessGroup
+    control: dist.ProcessGroup | None
+    """None when there is one process."""
 
     @property
     def size(self) -> int:
@@ -164,9 +165,10 @@ class Ranks:
 
 
 def initialise(layout: Layout | None = None) -> Ranks:
-    """Join the other ranks (torchrun's environment) or be the only one; the same layout again gives the same ranks.
+    """Join the other ranks (torchrun's environment) or be the only one; again, with the same sizes, it changes nothing.
 
-    Raises UnsupportedLayout when there are not as many processes as the layout needs.
+    Raises UnsupportedLayout when there are not as many processes as the layout needs, or they were started with other
+    sizes.
     """
     layout = layout or Layout()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -191,6 +193,14 @@ def initialise(layout: Layout | None = None) -> Ranks:
             expert_tensor_parallel_size=1,
         )
         model_parallel_cuda_manual_seed(1, inference_rng_tracker=on_cpu)
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    wanted = layout.tp, layout.pp, layout.ep
+    if found != wanted:
+        raise UnsupportedLayout(f"tp, pp, ep: expected {found}, as this process was started with, found {wanted}")
     return Ranks(layout, dist.get_rank(), device, _control_group(processes))
 
 
@@ -203,10 +213,11 @@ def _join(backend: str, processes: int) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def _control_group(processes: int) -> dist.ProcessGroup:
+def _control_group(processes: int) -> dist.ProcessGroup | None:
     if processes == 1:
-        return dist.group.WORLD
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return group
 
 
 def _sum_pieces(rows: Tensor, pieces: Sequence[slice], group: dist.ProcessGroup) -> None:

@@ -6,7 +6,10 @@ recomputes one. `qkv_format` stays unset: the local attention of Megatron refuse
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -36,7 +39,31 @@ class PackedBatch(PackedSeqParams):
     """`[T]` row of each token in the concatenated bucket outputs; the row behind the last is zero."""
     rows: Tensor = None  # type: ignore[assignment]
     """`[R]` tokens whose next-token logits are wanted."""
+    targets: Tensor = None  # type: ignore[assignment]
+    """`[n]` ids whose logprobs are wanted, n ≤ R: those of the first rows; the rest of the rows is padding."""
     plan: Plan | None = None
+    owners: Tensor | None = None
+    routing: Tensor | None = None
+    """`[layers, T, k]` experts that the rollout chose, −1 where it is not known and the router chooses."""
+
+
+_running: contextvars.ContextVar[PackedBatch | None] = contextvars.ContextVar("allele_batch", default=None)
+
+
+@contextlib.contextmanager
+def running(batch: PackedBatch) -> Iterator[None]:
+    token = _running.set(batch)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def current_batch() -> PackedBatch:
+    """The micro-batch of the layer being run."""
+    batch = _running.get()
+    assert batch is not None, "a layer was run outside of PackedLayer"
+    return batch
 
 
 def to_device(packed: Packed, *, plan: Plan | None, device: torch.device) -> PackedBatch:
@@ -50,5 +77,6 @@ def to_device(packed: Packed, *, plan: Plan | None, device: torch.device) -> Pac
         buckets=tuple(Bucket(b.width, tensor(b.gather)) for b in packed.buckets),
         scatter=tensor(packed.scatter),
         rows=tensor(packed.rows),
+        targets=tensor(packed.targets),
         plan=plan,
     )

@@ -1,4 +1,4 @@
-"""Megatron modules for packed sequences: attention, rotary positions, a layer with its plan, logits of wanted rows.
+"""Megatron modules for packed sequences: attention, rotary positions, a layer with its batch, logits of wanted rows.
 
 Megatron's local attention takes one sequence per batch column. Adapters need tokens ordered by slot, and padding every
 sequence to the longest wastes most of a batch; so hidden states are `[T, 1, h]` and attention alone sees sequences.
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from allele_trainer.lora.plan import routed
-from allele_trainer.model.batch import PackedBatch
+from allele_trainer.model.batch import PackedBatch, running
 
 
 class SequenceParallelRMSNorm(nn.RMSNorm):
@@ -83,18 +84,26 @@ class PackedAttention(MegatronModule):
 
 
 class PackedLayer(TransformerLayer):
-    """Enters the plan that came with the micro-batch, also when the layer is run again for its backward."""
+    """Enters the micro-batch that it was called with and its plan, also when it is run again for its backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch: PackedBatch = kwargs["packed_seq_params"]
-        with routed(batch.plan):
+        with running(batch), routed(batch.plan):
             return super().forward(*args, **kwargs)
 
 
 class PackedGPTModel(GPTModel):
     """Computes logits only of the rows that the batch asks for: prompts and padding cost no vocabulary GEMM."""
 
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        if self.post_process:
+            self.output_layer.sequence_parallel = False  # wanted rows are taken from the tokens of all tensor ranks
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedBatch, **kwargs: Any) -> Tensor:
         if self.post_process:
+            if self.config.sequence_parallel:
+                # The head sums the gradients of tensor ranks itself: each takes its own tokens' part of that sum.
+                hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
             hidden_states = hidden_states.index_select(0, packed_seq_params.rows)
         return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)

@@ -1,0 +1,107 @@
+"""Runs micro-batches through this rank's part of the model: one after the other, or as a pipeline of stages.
+
+Every stage packs the same micro-batches itself; between stages only hidden states travel. What is done with the
+logprobs of a micro-batch happens on the last stage alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from allele_trainer.model.batch import PackedBatch
+from allele_trainer.model.config import BaseConfig
+from allele_trainer.model.logprobs import target_logprobs
+from allele_trainer.model.packed import PackedGPTModel
+from allele_trainer.parallel import Ranks
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    config: BaseConfig
+    gpt: PackedGPTModel
+    ranks: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def last_stage(self) -> bool:
+        return bool(self.gpt.post_process)
+
+    def logprobs(self, batch: PackedBatch, targets: Tensor) -> Tensor:
+        """fp32 `[n]` log-probabilities of `targets` under the first n rows; where there is one stage."""
+        return self._logprobs(self._forward(batch), targets)
+
+    def run(
+        self,
+        items: Sequence[Item],
+        *,
+        prepare: Callable[[Item], PackedBatch],
+        loss: Callable[[Item, Tensor], Tensor],
+        backward: bool,
+    ) -> None:
+        """Put each item's batch through the model, in order; collective over the ranks of all stages.
+
+        On the last stage `loss` gets the item and its logprobs `[n]`; with `backward` the gradient of the scalar it
+        gives is added to the rows of the batch's plan, on every stage, as it is: nothing is averaged.
+        """
+        with contextlib.nullcontext() if backward else torch.no_grad():
+            if self.ranks.layout.pp == 1:
+                for item in items:
+                    batch = prepare(item)
+                    value = loss(item, self.logprobs(batch, batch.targets))
+                    if backward:
+                        value.backward()
+            elif items:
+                self._pipeline(items, prepare=prepare, loss=loss, backward=backward)
+
+    def _pipeline(
+        self,
+        items: Sequence[Item],
+        *,
+        prepare: Callable[[Item], PackedBatch],
+        loss: Callable[[Item, Tensor], Tensor],
+        backward: bool,
+    ) -> None:
+        """Megatron's 1F1B, which holds at most as many micro-batches in flight as there are stages."""
+
+        def forward_step(queue: Iterator[Item], _model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Any, ...]]]:
+            item = next(queue)
+            batch = prepare(item)
+
+            def reduce(output: Tensor) -> tuple[Tensor, Tensor, None]:
+                value = loss(item, self._logprobs(output, batch.targets))
+                # With a token count beside it Megatron leaves the loss alone; with two values it would divide it.
+                return value, torch.ones((), dtype=torch.int, device=self.device), None
+
+            return self._forward(batch), reduce
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(items),
+            model=self.gpt,
+            num_microbatches=len(items),
+            seq_length=1,  # lengths vary: stages tell each other
+            micro_batch_size=1,
+            forward_only=not backward,
+        )
+
+    def _forward(self, batch: PackedBatch) -> Tensor:
+        """Logits `[1, R, vocab / tp]` on the last stage, hidden states before."""
+        output: Tensor = self.gpt(batch.tokens[None], batch.positions[None], None, packed_seq_params=batch)
+        return output
+
+    def _logprobs(self, output: Tensor, targets: Tensor) -> Tensor:
+        group = parallel_state.get_tensor_model_parallel_group() if self.ranks.layout.tp > 1 else None
+        return target_logprobs(output[0], targets, vocab=self.config.vocab, group=group)
