@@ -18,7 +18,6 @@ from allele.store import PopulationStore
 from allele_trainer.bank.rows import Row
 from allele_trainer.bank.table import Key
 from allele_trainer.model.build import BaseModel
-from allele_trainer.parallel import initialise
 from allele_trainer.server.shares import Shares
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.trainer import Limits, Trainer
@@ -99,9 +98,7 @@ class Rig:
         self.store = PopulationStore.open(f"file://{folder}", namespace=NAMESPACE, population=POPULATION)
         self.model = model
         limits = Limits(slots=slots, wave=wave or slots, max_rank=16, max_tokens=max_tokens, host_memory=host_memory)
-        self.trainer = Trainer(
-            model, ranks=initialise(), open_store=lambda _ns, _name: RunStore(self.store), limits=limits
-        )
+        self.trainer = Trainer(model, open_store=lambda _ns, _name: RunStore(self.store), limits=limits)
 
     def header(self, run: str = "run") -> c.Header:
         return c.Header(run=run, epoch=1, incarnation="i", seq=1)

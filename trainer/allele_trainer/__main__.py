@@ -13,15 +13,18 @@ from ulid import ULID
 
 from allele.store import PopulationStore
 from allele_trainer.bank.host import free_memory
-from allele_trainer.model.build import build
-from allele_trainer.parallel import initialise
+from allele_trainer.model.build import BaseModel, build
+from allele_trainer.parallel import Layout, initialise
 from allele_trainer.server import logs
 from allele_trainer.server.app import Server
+from allele_trainer.server.capacity import Capacity, probe, waves_of
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.trainer import Limits, Trainer
 
 log = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 EXAMPLE = """example:
   python -m allele_trainer --base examples/preferences/base --base-digest sha256:... \\
@@ -41,7 +44,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--base-digest", required=True, help="digest that `allele base fetch` checked, told to drivers")
     parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
     parser.add_argument(
-        "--slots", type=int, default=16, help="adapters of one shape in the bank at a time (default: 16)"
+        "--slots",
+        type=_slots,
+        default=16,
+        help="adapters of one shape in the bank at a time; auto: as many as a probe of the memory finds (default: 16)",
     )
     parser.add_argument(
         "--wave", type=int, help="members with a gradient at a time (default: as many as slots; with CUDA half of them)"
@@ -58,10 +64,46 @@ def arguments() -> argparse.ArgumentParser:
         default=4096,
         help="input tokens per micro-batch: bounds activation memory (default: 4096)",
     )
+    for axis, what in (
+        ("tp", "linears split over so many ranks"),
+        ("pp", "layers split over so many stages"),
+        ("ep", "experts split over so many of the tp × dp ranks"),
+        ("dp", "sequences split over so many copies"),
+    ):
+        parser.add_argument(f"--{axis}", type=int, default=1, help=f"{what} (default: 1); torchrun starts the ranks")
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="with --tp: norms on a part of the tokens each"
+    )
+    parser.add_argument("--recompute", action="store_true", help="keep layers' inputs only and run them again")
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="address:port; port 0 takes a free one (default: 127.0.0.1:7070)"
     )
     return parser
+
+
+def limits_of(args: argparse.Namespace, model: BaseModel) -> Limits:
+    """Slots as given or as found; raises NoRoom when none fit."""
+    if args.slots == AUTO:
+        found = probe(model, max_rank=args.max_rank, max_tokens=args.max_tokens)
+        log.info("slots", extra={"slots": found.slots, "wave": found.wave, "reason": found.reason})
+    else:
+        found = Capacity(args.slots, waves_of(args.slots, model.device), "given")
+    return Limits(
+        slots=found.slots,
+        wave=min(args.wave or found.wave, found.slots),
+        max_rank=args.max_rank,
+        max_tokens=args.max_tokens,
+        host_memory=args.host_memory or free_memory() // 2,
+        reason=found.reason,
+    )
+
+
+def _slots(text: str) -> int | str:
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected auto or a number of at least 1, found {text!r}")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,20 +111,21 @@ def main(argv: list[str] | None = None) -> None:
     logs.configure()
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model, ranks = build(args.base), initialise()
-    wave = args.wave or (max(1, args.slots // 2) if model.device.type == "cuda" else args.slots)
-    limits = Limits(
-        slots=args.slots,
-        wave=min(wave, args.slots),
-        max_rank=args.max_rank,
-        max_tokens=args.max_tokens,
-        host_memory=args.host_memory or free_memory() // 2,
+    layout = Layout(
+        tp=args.tp,
+        pp=args.pp,
+        ep=args.ep,
+        dp=args.dp,
+        sequence_parallel=args.sequence_parallel,
+        recompute=args.recompute,
     )
+    model = build(args.base, initialise(layout))
+    limits = limits_of(args, model)
 
     def open_store(namespace: str, population: str) -> RunStore:
         return RunStore(PopulationStore.open(args.store, namespace=namespace, population=population))
 
-    trainer = Trainer(model, ranks=ranks, open_store=open_store, limits=limits)
+    trainer = Trainer(model, open_store=open_store, limits=limits)
     incarnation = str(ULID())
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

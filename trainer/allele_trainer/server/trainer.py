@@ -20,7 +20,6 @@ from allele_trainer.bank.start import Starts, from_bytes
 from allele_trainer.bank.step import Update, step
 from allele_trainer.bank.table import Key, Page, PageTable
 from allele_trainer.model.build import BaseModel
-from allele_trainer.parallel import Ranks
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
@@ -59,10 +58,8 @@ class Run:
 
 
 class Trainer:
-    def __init__(
-        self, model: BaseModel, *, ranks: Ranks, open_store: Callable[[str, str], RunStore], limits: Limits
-    ) -> None:
-        self.model, self.ranks, self.limits = model, ranks, limits
+    def __init__(self, model: BaseModel, *, open_store: Callable[[str, str], RunStore], limits: Limits) -> None:
+        self.model, self.ranks, self.limits = model, model.ranks, limits
         self._open_store = open_store
         self.host = HostTier(capacity=limits.host_memory, pinned=model.device.type == "cuda", spill=self._spill)
         self._shapes: dict[tuple[int, tuple[str, ...]], AdapterShape] = {}
