@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from allele.api.schema import Digest, Model, Name, Status, cel, schema
 
@@ -49,9 +49,29 @@ class Adapters(Model):
     )
 
 
+SlotCount = Annotated[
+    Annotated[int, Field(ge=1, le=65536)] | Literal["auto"],
+    WithJsonSchema(
+        {
+            "x-kubernetes-int-or-string": True,
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "maxLength": 5,
+        }
+        | schema(
+            cel(
+                "type(self) == int ? self >= 1 && self <= 65536 : self == 'auto'",
+                "slots must be a number from 1 to 65536, or auto",
+            )
+        )
+    ),
+]
+
+
 class Trainer(Model):
-    slots: int = Field(
-        16, description="Adapters resident for training at once.", ge=1, le=65536, json_schema_extra={"format": "int32"}
+    slots: SlotCount = Field(
+        16,
+        description="Adapters of one shape resident for training at once; auto: as many as the trainer finds room for "
+        "when it starts (status.slots tells).",
     )
 
 
@@ -89,8 +109,12 @@ class BasePoolSpec(Model):
 
 
 class Slots(Model):
-    total: int = Field(0, description="Training slots.", ge=0)
+    total: int = Field(0, description="Training slots; 0 with auto until a first run has told.", ge=0)
     used: int = Field(0, description="Of these, holding an adapter.", ge=0)
+    wave: int = Field(0, description="Adapters that train at a time; 0 until a first run has told.", ge=0)
+    reason: str = Field(
+        "", description="Where the number comes from: given, or what the trainer found.", max_length=512
+    )
 
 
 class BasePoolStatus(Status):

@@ -97,6 +97,7 @@ class ResetDone(Wire):
     slots: int
     wave: int
     """Members to admit and train at a time; with fewer than `slots`, the next wave has room to come in meanwhile."""
+    slots_reason: str
     base_digest: str
 
 

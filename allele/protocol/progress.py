@@ -15,6 +15,14 @@ class Reward(Wire):
     worst: float
 
 
+class TrainerSlots(Wire):
+    """What the trainer said of itself when the run reset it."""
+
+    slots: int
+    wave: int
+    reason: str = Field("", max_length=512)
+
+
 class Progress(Wire):
     """The whole state, not a difference: losing one report loses nothing."""
 
@@ -39,5 +47,6 @@ class Progress(Wire):
     skipped_steps: int = 0
     exposure_max_gap: float | None = None
     message: str = Field("", max_length=1024)
+    trainer: TrainerSlots | None = None
     stages: dict[str, float] = Field(default_factory=dict, max_length=16)
     """Seconds of the last step by stage (generate, score, train, export, commit, probe)."""

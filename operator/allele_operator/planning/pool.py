@@ -12,6 +12,7 @@ from allele.api.pool import BasePoolSpec
 from allele.api.run import RLRunSpec
 from allele.api.runtime import AdapterRuntimeSpec
 from allele.api.store import AdapterStoreSpec
+from allele.protocol.progress import TrainerSlots
 from allele_operator.planning import admission, naming, observe, selection
 from allele_operator.planning.admission import lookup, missing, store_obstacle
 from allele_operator.planning.conditions import Found, Trouble, parse
@@ -67,6 +68,7 @@ def plan(pool: Obj, world: World, now: datetime) -> Plan:
         job_set=job_set,
         runs=len(training),
         used=sum(_slots_of(r, world) for r in training),
+        trainer=_told(training, world),
     )
     status, events = conclude(pool, view, options=world.options, now=now)
     return Plan(actions=tuple(_once(actions)), status=status, events=events, requeue=requeue)
@@ -108,6 +110,12 @@ def _stem(workloads: list[Obj]) -> str:
 
 def _trains(run: Obj, pool: Obj, world: World) -> bool:
     return admission.pool_name(run) == pool["metadata"]["name"] and admission.holds(run, world)
+
+
+def _told(training: list[Obj], world: World) -> TrainerSlots | None:
+    """What runs in the pool report of its trainer; one that reported from a trainer before is overruled by its next."""
+    reports = [world.progress(r["metadata"]["uid"]) for r in training]
+    return next((r.trainer for r in reports if r is not None and r.trainer is not None), None)
 
 
 def _slots_of(run: Obj, world: World) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from allele.api.pool import BasePoolSpec
+from allele.protocol.progress import TrainerSlots
 from allele_operator.planning import naming, pods
 from allele_operator.planning.conditions import Found, Trouble, events, merged
 from allele_operator.planning.model import ROLE_LABEL, Event, Obj, Options
@@ -26,6 +27,8 @@ class PoolView:
     job_set: str
     runs: int
     used: int
+    trainer: TrainerSlots | None
+    """What the newest report of a run in the pool says of its trainer."""
 
     def of(self, role: str) -> list[Obj]:
         return [p for p in self.pods if p["metadata"]["labels"].get(ROLE_LABEL) == role]
@@ -55,10 +58,29 @@ def conclude(pool: Obj, view: PoolView, *, options: Options, now: datetime) -> t
         "conditions": merged(pool, found, now),
     }
     if view.spec.trainer is not None:
-        total = view.spec.trainer.slots
-        status["slots"] = {"total": total, "used": min(total, view.used)}
+        status["slots"] = _slots(pool, view, view.spec.trainer.slots)
     told = [ready] if view.up_to_date.reason == "UpToDate" else [ready, view.up_to_date]
     return status, events(pool, told)
+
+
+def _slots(pool: Obj, view: PoolView, wanted: int | str) -> Obj:
+    """As its trainer told a run that reset it; what it told before stays while nobody reports."""
+    told = view.trainer
+    if told is not None:
+        return _filled(told.slots, view.used) | {"wave": told.wave, "reason": told.reason}
+    old = pool["status"].get("slots", {})
+    if isinstance(wanted, int):
+        known = old.get("total") == wanted
+        return _filled(wanted, view.used) | {"wave": old.get("wave", 0) if known else 0, "reason": "given"}
+    kept = old if old.get("reason", "").startswith("auto") else {}
+    return _filled(kept.get("total", 0), view.used) | {
+        "wave": kept.get("wave", 0),
+        "reason": kept.get("reason", "auto"),
+    }
+
+
+def _filled(total: int, used: int) -> Obj:
+    return {"total": total, "used": min(total, used)}
 
 
 def _obstacle(pool: Obj, view: PoolView) -> Trouble | None:

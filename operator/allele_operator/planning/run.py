@@ -149,7 +149,7 @@ def driver_parts(run: Obj, spec: RLRunSpec, needs: Needs, options: Options) -> r
         run_spec=spec,
         population_spec=needs.population_spec,
         base_uri=needs.pool_spec.base.uri,
-        slots=trainer.slots if trainer else 0,
+        slots=trainer.slots if trainer and isinstance(trainer.slots, int) else 65536,
         image=needs.runtime.images.driver,
     )
     return render.DriverParts(

@@ -175,6 +175,7 @@ class Executor:
                 incarnation=self._sessions.incarnation,
                 slots=limits.slots,
                 wave=limits.wave,
+                slots_reason=limits.reason,
                 base_digest=self._base_digest,
             )
         )
