@@ -84,7 +84,7 @@ def probe(model: BaseModel, *, max_rank: int, max_tokens: int) -> Capacity:
     why = "the most that auto makes" if slots == MOST else "the most that fit"
     reason = (
         f"auto: {slots} slots, {why}: {_size(each)} each at rank {max_rank} and {_size(beside)} for a step of "
-        f"{max_tokens} tokens, of {_size(limit)} ({PART[model.device.type]:.0%} of what was free); {wave} step at a time"
+        f"{max_tokens} tokens, of {_size(limit)} ({PART[model.device.type]:.0%} of what was free); {wave} at a time"
     )
     return Capacity(slots, wave, reason)
 
