@@ -22,8 +22,10 @@ from torch import Tensor
 
 from allele.protocol.commands import ByteRange, OptimizerSpec
 from allele.protocol.errors import InvalidRequest, ProtocolError
+from allele_trainer.agreement import agreed
 from allele_trainer.bank.host import Held, HostTier
 from allele_trainer.bank.rows import Bank, Row
+from allele_trainer.parallel import Ranks
 
 
 class Key(NamedTuple):
@@ -62,8 +64,12 @@ class Page:
 class PageTable:
     """Pages of one Bank, least recently used first out."""
 
-    def __init__(self, bank: Bank, host: HostTier) -> None:
-        self.bank, self._host = bank, host
+    def __init__(self, bank: Bank, host: HostTier, ranks: Ranks) -> None:
+        self.bank, self._host, self._ranks = bank, host, ranks
+        place = ranks.place
+        # The same on every rank, so that all of them run out of host memory at the same row.
+        part = -(-bank.shape.numel // (place.tp * place.pp))
+        self._row_bytes, self._gradient_bytes = host.row_bytes(part), host.gradient_bytes(part)
         self._pages: dict[str, dict[str, Page]] = {}
         self._resident: collections.OrderedDict[Key, int] = collections.OrderedDict()
         self._free = list(range(bank.slots))
@@ -191,18 +197,18 @@ class PageTable:
         pages = [self.page(k) for k in keys]
         changed = [p.unsaved and p.row is None for p in pages]
         held = [p.slot is not None and self.bank.has_gradient(p.slot) for p in pages]
-        needed = sum(changed) * host.row_bytes(numel) + sum(held) * host.gradient_bytes(numel)
+        needed = sum(changed) * self._row_bytes + sum(held) * self._gradient_bytes
         host.make_room(needed, keep=pages, leaving=[self.page(k) for k in leaving])
         with self.bank.stream.copies():
             for key, page, is_changed, has_gradient in zip(keys, pages, changed, held, strict=True):
                 assert page.slot is not None
                 if is_changed:
                     page.row = self.bank.load(page.slot, into=host.new_row(numel))
-                    host.put(Held(self, key, page, host.row_bytes(numel)))
+                    host.put(Held(self, key, page, self._row_bytes))
                 if has_gradient:
                     page.gradient = host.new_gradient(numel)
                     page.gradient.copy_(self.bank.gradient(page.slot), non_blocking=True)
-                    host.put_gradient(host.gradient_bytes(numel))
+                    host.put_gradient(self._gradient_bytes)
         for key, page in zip(keys, pages, strict=True):
             self._leave(key, page)
         self.written_back += sum(changed)
@@ -235,10 +241,13 @@ class PageTable:
     def _drop_gradient(self, page: Page) -> None:
         if page.gradient is not None:
             page.gradient = None
-            self._host.forget_gradient(self._host.gradient_bytes(self.bank.numel))
+            self._host.forget_gradient(self._gradient_bytes)
 
     def _starting(self, keys: Sequence[Key]) -> Mapping[Key, Row]:
-        """This rank's part of the rows that members start with."""
+        """This rank's part of the rows that members start with. Collective: all ranks get theirs, or none."""
+        return agreed(self._ranks, lambda: self._started(keys)) if keys else {}
+
+    def _started(self, keys: Sequence[Key]) -> Mapping[Key, Row]:
         found: dict[Key, Row] = {}
         by_start: dict[int, list[Key]] = {}
         for key in keys:

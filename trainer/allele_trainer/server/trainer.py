@@ -23,6 +23,7 @@ from allele_trainer.model.build import BaseModel
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
+from allele_trainer.server import segments
 from allele_trainer.server.shares import Unit
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.work import Part, Work, work_of
@@ -191,28 +192,34 @@ class Trainer:
 
     def export(self, command: c.Export) -> c.ExportDone:
         run = self._run(command.header)
-        packed: dict[str, bytes] = {}
+        if command.probes:
+            self._check_probes(command.probes)
+        mine: dict[str, bytes] = {}
+        digests: dict[str, str] = {}
         for keys in self._by_table(run, command.header, command.members).values():
             table = run.tables[keys[0].member]
-            for key, row in zip(keys, table.rows(keys), strict=True):
-                packed[key.member] = table.bank.shape.pack(row.weights.numpy())
-        probes = self._probe(run, command, packed) if command.probes else {}
-        weights = run.store.write_segment(packed, kind="segments") if packed else {}
-        digests = {m: run.tables[m].bank.shape.digest for m in packed}
-        return c.ExportDone(weights=weights, shape_digests=digests, probe_logprobs=probes)
+            bank = table.bank
+            rows = [row.weights[None] for row in table.rows(keys)]
+            for i, (row,) in zip(
+                segments.dealt(len(keys), self.ranks), segments.whole(bank.shard, rows, self.ranks), strict=True
+            ):
+                mine[keys[i].member] = bank.shape.pack(row.numpy())
+            digests.update({k.member: bank.shape.digest for k in keys})
+        probes = self._probe(run, command, segments.shared(mine, self.ranks)) if command.probes else {}
+        weights = segments.write(run.store, mine, "segments", self.ranks)
+        return c.ExportDone(weights={m: weights[m] for m in digests}, shape_digests=digests, probe_logprobs=probes)
 
     def _probe(self, run: Run, command: c.Export, packed: Mapping[str, bytes]) -> dict[str, tuple[float, ...]]:
         """Logprobs of the probe completions under the packed bytes, read back as a reader of the segment would."""
-        self._check_probes(command.probes)
         result: dict[str, tuple[float, ...]] = {}
         for keys in self._by_table(run, command.header, command.members).values():
             table = run.tables[keys[0].member]
             bank = table.bank
             for wave in _waves(keys, bank.probes):
-                slots = [
-                    bank.store_probe(i, from_bytes(bank.shape.unpack(packed[k.member])), scale=table.page(k).scale)
-                    for i, k in enumerate(wave)
-                ]
+                slots = []
+                for i, k in enumerate(wave):
+                    row = bank.shard.take(from_bytes(bank.shape.unpack(packed[k.member])))
+                    slots.append(bank.store_probe(i, row, scale=table.page(k).scale))
                 samples = [Sample(slot, p.prompt, p.completion) for slot in slots for p in command.probes]
                 values = logprobs(self.model, bank, samples, max_tokens=self.limits.max_tokens)
                 result.update({k.member: tuple(values[s]) for k, s in zip(wave, slots, strict=True)})
@@ -220,26 +227,31 @@ class Trainer:
 
     def save_state(self, command: c.SaveState) -> c.SaveStateDone:
         run = self._run(command.header)
-        self._by_table(run, command.header, command.members)
-        keys = [Key(command.header.run, m) for m in command.members]
-        return c.SaveStateDone(states=self._save(run, keys))
+        groups = self._by_table(run, command.header, command.members)
+        return c.SaveStateDone(states=self._save(run, [k for keys in groups.values() for k in keys]))
 
     def _save(self, run: Run, keys: Sequence[Key]) -> dict[str, c.ByteRange]:
         """Write newest rows as states; from then on they may be read from there."""
-        packed: dict[str, bytes] = {}
+        by_table: dict[int, list[Key]] = {}
         for key in keys:
-            table = run.tables[key.member]
-            row = table.row(key)
-            packed[key.member] = StateShape(table.bank.shape).pack(
-                weights=row.weights.numpy(),
-                exp_avg=row.exp_avg.numpy(),
-                exp_avg_sq=row.exp_avg_sq.numpy(),
-                step=row.step,
-            )
-        states = run.store.write_segment(packed, kind="states") if packed else {}
+            by_table.setdefault(id(run.tables[key.member]), []).append(key)
+        mine: dict[str, bytes] = {}
+        for some in by_table.values():
+            table = run.tables[some[0].member]
+            state = StateShape(table.bank.shape)
+            found = table.rows(some)
+            rows = [torch.stack((row.weights, row.exp_avg, row.exp_avg_sq)) for row in found]
+            for i, row in zip(
+                segments.dealt(len(some), self.ranks), segments.whole(table.bank.shard, rows, self.ranks), strict=True
+            ):
+                weights, exp_avg, exp_avg_sq = row.numpy()
+                mine[some[i].member] = state.pack(
+                    weights=weights, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=found[i].step
+                )
+        states = segments.write(run.store, mine, "states", self.ranks)
         for key in keys:
             run.tables[key.member].saved(key, states[key.member])
-        return states
+        return {k.member: states[k.member] for k in keys}
 
     def _spill(self, rows: Sequence[Held]) -> None:
         by_run: dict[str, list[Key]] = {}
@@ -298,7 +310,7 @@ class Trainer:
                 device=self.model.device,
                 dtype=torch.bfloat16 if self.model.device.type == "cuda" else torch.float32,
             )
-            self._tables[shape.digest] = PageTable(bank, self.host)
+            self._tables[shape.digest] = PageTable(bank, self.host, self.ranks)
         return self._tables[shape.digest]
 
     def _check_probes(self, probes: Sequence[c.ProbeSequence]) -> None:
