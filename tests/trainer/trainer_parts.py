@@ -95,6 +95,7 @@ class Rig:
         max_tokens: int = 8192,
         host_memory: int = 1 << 30,
     ) -> None:
+        self.folder = folder
         self.store = PopulationStore.open(f"file://{folder}", namespace=NAMESPACE, population=POPULATION)
         self.model = model
         limits = Limits(slots=slots, wave=wave or slots, max_rank=16, max_tokens=max_tokens, host_memory=host_memory)

@@ -17,7 +17,7 @@ from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import Layout, initialise
 from allele_trainer.server import logs
 from allele_trainer.server.app import Server
-from allele_trainer.server.capacity import Capacity, probe, waves_of
+from allele_trainer.server.capacity import Capacity, NoRoom, probe, waves_of
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.trainer import Limits, Trainer
@@ -31,7 +31,8 @@ EXAMPLE = """example:
       --store file:///tmp/store --slots 16 --max-rank 8 --listen 127.0.0.1:7070
 
 The store's credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...). On a machine without CUDA
-one thread is used unless OMP_NUM_THREADS says otherwise."""
+one thread is used unless OMP_NUM_THREADS says otherwise. A model that is too large for one rank:
+  torchrun --nproc-per-node 2 -m allele_trainer --tp 2 --sequence-parallel ..."""
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -82,18 +83,21 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def limits_of(args: argparse.Namespace, model: BaseModel) -> Limits:
-    """Slots as given or as found; raises NoRoom when none fit."""
+    """Slots as given or as found, the same on every rank; raises NoRoom when none fit."""
+    if args.slots == AUTO and model.ranks.size > 1:
+        raise NoRoom(f"--slots auto: expected one rank, found {model.ranks.size}: give a number for several")
     if args.slots == AUTO:
         found = probe(model, max_rank=args.max_rank, max_tokens=args.max_tokens)
         log.info("slots", extra={"slots": found.slots, "wave": found.wave, "reason": found.reason})
     else:
         found = Capacity(args.slots, waves_of(args.slots, model.device), "given")
+    host_memory = args.host_memory or free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Limits(
         slots=found.slots,
         wave=min(args.wave or found.wave, found.slots),
         max_rank=args.max_rank,
         max_tokens=args.max_tokens,
-        host_memory=args.host_memory or free_memory() // 2,
+        host_memory=int(model.ranks.broadcast(str(host_memory).encode() if model.ranks.rank == 0 else None)),
         reason=found.reason,
     )
 
@@ -126,11 +130,14 @@ def main(argv: list[str] | None = None) -> None:
         return RunStore(PopulationStore.open(args.store, namespace=namespace, population=population))
 
     trainer = Trainer(model, open_store=open_store, limits=limits)
-    incarnation = str(ULID())
+    incarnation = model.ranks.broadcast(str(ULID()).encode() if model.ranks.rank == 0 else None).decode()
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")
     log.info("ready", extra={"incarnation": incarnation, "device": str(model.device), "listen": args.listen})
-    web.run_app(server.app(), host=host, port=int(port), access_log=None, print=None)
+    if model.ranks.rank == 0:
+        web.run_app(server.app(), host=host, port=int(port), access_log=None, print=None)
+    else:
+        server.follow()
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ class Server:
 
         return handle
 
+    def follow(self) -> None:
+        """Without HTTP, on ranks other than 0: execute what rank 0 is sent, until it ends."""
+        self._executor.follow()
+
     async def _info(self, _request: web.Request) -> web.Response:
         limits = self._trainer.limits
         info = c.TrainerInfo(

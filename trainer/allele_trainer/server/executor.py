@@ -6,6 +6,9 @@ admission or step waits for one micro-batch and not for a whole pass, and small 
 
 A run whose command is wrong is refused before it shares anything. What fails while runs share a micro-batch closes the
 epoch of each of them, and their next passes are not shared: whose fault it is shows then, and only that one fails.
+
+With several ranks, rank 0 is sent commands and every rank executes them. An error there that is no answer ends the
+process: ranks that do not know how far the others came cannot go on. All are started again, as a new incarnation.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -28,6 +32,7 @@ from allele_trainer.rl.packing import PAD
 from allele_trainer.server.cost import CostModel
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.parse import encoded, parsed
+from allele_trainer.server.relay import Relay
 from allele_trainer.server.session import Sessions
 from allele_trainer.server.shares import Shares, Unit
 from allele_trainer.server.trainer import Trainer
@@ -72,6 +77,7 @@ class Executor:
         self._waiting = 0
         self._lock = threading.Lock()
         self._shares: Shares[Part] = Shares(max_tokens=trainer.limits.max_tokens)
+        self._relay = Relay(trainer.ranks)
         self._cost = CostModel(max_tokens=trainer.limits.max_tokens, padded_to=PAD)
         self._passes: dict[str, _Pass] = {}
         self._apart: set[str] = set()
@@ -91,7 +97,13 @@ class Executor:
         return ("reset", "forward_backward", *self._commands)
 
     def start(self) -> None:
+        """Take commands, on rank 0."""
         self._thread.start()
+
+    def follow(self) -> None:
+        """Execute what rank 0 is sent until it ends, on any other rank."""
+        while (commands := self._relay.commands(None)) is not None:
+            self._turn([Arrival(name, body, Reply()) for name, body in commands])
 
     def stop(self) -> None:
         """End after the turn of the loop that is running; who still waits is told."""
@@ -122,14 +134,28 @@ class Executor:
             self._metrics.waiting.set(self._waiting)
 
     def _run(self) -> None:
+        try:
+            self._lead()
+        except BaseException:
+            log.exception("the thread that executes commands ended; nothing would answer any more")
+            os._exit(1)
+
+    def _lead(self) -> None:
         while True:
-            for arrival in self._arrived():
-                if arrival is None:
-                    return
-                self._execute(arrival)
-            if self._shares:
-                self._micro_batch()
-            self._metrics.observe(self._trainer, runs=len(self._sessions.epochs))
+            arrived = self._arrived()
+            if None in arrived:
+                self._relay.commands(None)
+                return
+            some = [a for a in arrived if a is not None]
+            self._relay.commands([(a.name, a.body) for a in some])
+            self._turn(some)
+
+    def _turn(self, arrived: Sequence[Arrival]) -> None:
+        for arrival in arrived:
+            self._execute(arrival)
+        if self._shares:
+            self._micro_batch_of(self._shares.next(fits=self._trainer.fits))
+        self._metrics.observe(self._trainer, runs=len(self._sessions.epochs))
 
     def _arrived(self) -> list[Arrival | None]:
         """What has come since; waits for something when there is nothing else to do."""
@@ -152,7 +178,7 @@ class Executor:
                 reply.set_result(self._command(name, body))
         except Exception as e:
             if not isinstance(e, ProtocolError):
-                log.exception("command failed", extra={"command": name})
+                self._unexpected("command failed", {"command": name})
             reply.set_exception(e)
         if name != "forward_backward":
             self._metrics.seconds.labels(name).observe(time.perf_counter() - began)
@@ -222,18 +248,15 @@ class Executor:
             raise
         self._passes[header.run] = found = _Pass(work, [reply], left=len(work.units))
         sizes = [u.tokens for u in work.units]
-        work.mode = self._cost.choose(sizes)
+        work.mode, curious = self._relay.choice(self._cost.choose(sizes), curious=self._cost.curious(sizes))
         units = work.units
-        if self._cost.curious(sizes):
+        if curious:
             self._micro_batch_of([(header.run, units[0])])
             units = units[1:]
         if header.run in self._passes:
             self._shares.add(header.run, units, mode=work.mode, alone=header.run in self._apart)
             if not found.left:
                 self._finish(header.run)
-
-    def _micro_batch(self) -> None:
-        self._micro_batch_of(self._shares.next(fits=self._trainer.fits))
 
     def _micro_batch_of(self, picked: Sequence[tuple[str, Unit[Part]]]) -> None:
         runs = list(dict.fromkeys(run for run, _ in picked))
@@ -247,7 +270,7 @@ class Executor:
                 self._micro_batch_of([(r, u) for r, u in picked if r == run])
             return
         except Exception as e:
-            log.exception("micro-batch failed", extra={"runs": runs})
+            self._unexpected("micro-batch failed", {"runs": runs})
             if len(runs) > 1:
                 self._apart.update(runs)
             for run in runs:
@@ -265,6 +288,12 @@ class Executor:
         for run in runs:
             if not self._passes[run].left:
                 self._finish(run)
+
+    def _unexpected(self, what: str, fields: Mapping[str, object]) -> None:
+        """Log the exception being handled, and end the process if it has left the ranks apart."""
+        log.exception(what, extra=fields)
+        if not self._relay.alone:
+            os._exit(1)
 
     def _finish(self, run: str) -> None:
         found = self._passes.pop(run)
