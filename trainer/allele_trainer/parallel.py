@@ -206,9 +206,10 @@ def initialise(layout: Layout | None = None) -> Ranks:
 
 def _join(backend: str, processes: int) -> None:
     if processes > 1:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # After a restart in place torchrun hands out the store of the processes before, with their addresses in it.
-        fresh = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        fresh = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=size)
     else:
         # A store in this process: one rank needs no port.
