@@ -45,12 +45,17 @@ class Plan:
     versions: tuple[tuple[int, int], ...]
     """(slot, its version) when the plan was made, after `stores` stores."""
     stores: int
+    local: Plan | None
+    """Of the tokens whose residual this tensor rank has, with sequence parallelism; None where none has an adapter."""
 
 
-def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool) -> Plan:
+def plan(
+    bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool, chunk: tuple[int, int] = (0, 1)
+) -> Plan:
     """Plan of (slot, tokens) pairs in ascending order of slot, in a batch of `padded` tokens.
 
-    With `gradients` each slot has a gradient row; probe rows have none.
+    With `gradients` each slot has a gradient row; probe rows have none. `chunk`: (i, n) when this rank has the i-th
+    of n equal parts of the batch's residual.
     """
     slots = [slot for slot, _ in counts]
     if slots != sorted(set(slots)) or not all(n > 0 for _, n in counts):
@@ -78,7 +83,25 @@ def plan(bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradient
         scale=scale,
         versions=tuple((slot, bank.versions[slot]) for slot in slots),
         stores=bank.stores,
+        local=_local(bank, counts, padded=padded, gradients=gradients, chunk=chunk),
     )
+
+
+def _local(
+    bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool, chunk: tuple[int, int]
+) -> Plan | None:
+    index, parts = chunk
+    if parts == 1:
+        return None
+    size = padded // parts
+    begin, end = index * size, (index + 1) * size
+    mine, at = [], 0
+    for slot, n in counts:
+        overlap = min(at + n, end) - max(at, begin)
+        if overlap > 0:
+            mine.append((slot, overlap))
+        at += n
+    return plan(bank, mine, padded=size, gradients=gradients) if mine else None
 
 
 _routed: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("allele_plan", default=None)

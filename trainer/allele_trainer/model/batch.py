@@ -15,6 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from allele_trainer.bank.rows import Bank
 from allele_trainer.lora.plan import Plan
 from allele_trainer.rl.packing import Packed
 
@@ -25,6 +26,19 @@ class Bucket:
 
     width: int
     gather: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """Whose adapter each token has, in numbers that mean the same on every rank to which experts' tokens are sent.
+
+    `owners` `[T]`: slot of the token's adapter, counted on from bank to bank; −1 without one. `banks`: all of the
+    command's, in the same order on every rank, whether or not this rank has tokens of them.
+    """
+
+    banks: tuple[Bank, ...]
+    owners: Tensor
+    gradients: bool
 
 
 @dataclasses.dataclass
@@ -42,7 +56,8 @@ class PackedBatch(PackedSeqParams):
     targets: Tensor = None  # type: ignore[assignment]
     """`[n]` ids whose logprobs are wanted, n ≤ R: those of the first rows; the rest of the rows is padding."""
     plan: Plan | None = None
-    owners: Tensor | None = None
+    carried: Carried | None = None
+    """For experts; None runs them without adapters."""
     routing: Tensor | None = None
     """`[layers, T, k]` experts that the rollout chose, −1 where it is not known and the router chooses."""
 
@@ -66,7 +81,9 @@ def current_batch() -> PackedBatch:
     return batch
 
 
-def to_device(packed: Packed, *, plan: Plan | None, device: torch.device) -> PackedBatch:
+def to_device(
+    packed: Packed, *, plan: Plan | None, device: torch.device, carried: Carried | None = None
+) -> PackedBatch:
     def tensor(array: object) -> Tensor:
         return torch.as_tensor(array).to(device)
 
@@ -79,4 +96,5 @@ def to_device(packed: Packed, *, plan: Plan | None, device: torch.device) -> Pac
         rows=tensor(packed.rows),
         targets=tensor(packed.targets),
         plan=plan,
+        carried=carried,
     )

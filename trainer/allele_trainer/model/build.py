@@ -10,7 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from allele_trainer.lora.linear import AdaptedLinear, concatenated, interleaved
+from allele_trainer.lora.linear import AdaptedLinear, concatenated, crossing, interleaved
 from allele_trainer.model.config import BaseConfig, check_layout, read_config, transformer_config
 from allele_trainer.model.convert import load_base, padded_vocab
 from allele_trainer.model.experts import PackedMoELayer
@@ -56,7 +56,7 @@ def build(folder: pathlib.Path, ranks: Ranks | None = None) -> BaseModel:
     if gpt.pre_process:
         # Adapters are buffers, so the graph starts at the embedding; without this no layer would have a gradient.
         gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
-    _adapt(gpt, config, tp=layout.tp)
+    _adapt(gpt, config, ranks)
     return BaseModel(config, gpt, ranks)
 
 
@@ -73,8 +73,12 @@ def _spec(config: BaseConfig, *, layers: int) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SequenceParallelRMSNorm)
 
 
-def _adapt(gpt: PackedGPTModel, config: BaseConfig, *, tp: int) -> None:
-    qkv = tuple(n // tp for n in config.qkv_outputs)
+def _adapt(gpt: PackedGPTModel, config: BaseConfig, ranks: Ranks) -> None:
+    tp = ranks.layout.tp
+    qkv, ffn = tuple(n // tp for n in config.qkv_outputs), config.ffn // tp
+    outward, inward = (
+        crossing(by_inputs=by_inputs, tp=tp, sequence_parallel=ranks.sequence_parallel) for by_inputs in (False, True)
+    )
     for layer in gpt.decoder.layers:
         index = layer.layer_number - 1
         attention, mlp = layer.self_attention, layer.mlp
@@ -83,16 +87,28 @@ def _adapt(gpt: PackedGPTModel, config: BaseConfig, *, tp: int) -> None:
             site=(index, "linear_qkv"),
             outputs=qkv,
             assemble=interleaved(config.groups // tp),
+            crossing=outward,
         )
         attention.linear_proj = AdaptedLinear(
-            attention.linear_proj, site=(index, "linear_proj"), outputs=(config.hidden,), assemble=concatenated
+            attention.linear_proj,
+            site=(index, "linear_proj"),
+            outputs=(config.hidden,),
+            assemble=concatenated,
+            crossing=inward,
         )
         if config.experts:
             continue
-        ffn = config.ffn // tp
         mlp.linear_fc1 = AdaptedLinear(
-            mlp.linear_fc1, site=(index, "linear_fc1"), outputs=(ffn, ffn), assemble=concatenated
+            mlp.linear_fc1,
+            site=(index, "linear_fc1"),
+            outputs=(ffn, ffn),
+            assemble=concatenated,
+            crossing=outward,
         )
         mlp.linear_fc2 = AdaptedLinear(
-            mlp.linear_fc2, site=(index, "linear_fc2"), outputs=(config.hidden,), assemble=concatenated
+            mlp.linear_fc2,
+            site=(index, "linear_fc2"),
+            outputs=(config.hidden,),
+            assemble=concatenated,
+            crossing=inward,
         )

@@ -8,6 +8,7 @@ sorts each expert's tokens by adapter and makes a plan per expert.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,10 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
-from allele_trainer.model.batch import current_batch
+from allele_trainer.bank.layout import GROUPS, linear_name
+from allele_trainer.lora.linear import concatenated, low_rank
+from allele_trainer.lora.plan import Plan, plan
+from allele_trainer.model.batch import Carried, current_batch
 
 _PAD = 64
 """Tokens of an expert are padded to a multiple of this on CPU, whose kernels for few rows give other bits."""
@@ -86,15 +90,18 @@ class PackedMoELayer(MoELayer):
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
         )
 
+    def set_layer_number(self, layer_number: int) -> None:
+        super().set_layer_number(layer_number)
+        self.experts.layer = layer_number - 1
+
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         batch, dispatcher = current_batch(), self.token_dispatcher
         tokens, counts, weights = dispatcher.dispatch_postprocess(hidden_states, probs)
-        owners = (
-            None
-            if batch.owners is None
-            else dispatcher.carry(local_tokens(batch.owners, sequence_parallel=self.config.sequence_parallel))
-        )
-        output = self.experts(tokens, counts.tolist(), weights, owners)
+        carried = batch.carried
+        if carried is not None:
+            owners = local_tokens(carried.owners, sequence_parallel=self.config.sequence_parallel)
+            carried = dataclasses.replace(carried, owners=dispatcher.carry(owners))
+        output = self.experts(tokens, counts.tolist(), weights, carried)
         return dispatcher.combine_preprocess(output), None
 
 
@@ -110,45 +117,109 @@ class GroupedExperts(MegatronModule):
             return nn.Parameter(torch.empty(num_local_experts, *shape, dtype=config.params_dtype, device=device))
 
         self.fc1, self.fc2 = parameter(2 * ffn, hidden), parameter(hidden, ffn)
+        self._first = parallel_state.get_expert_model_parallel_rank() * num_local_experts
+        self._outputs = {
+            "linear_fc1": dict.fromkeys(GROUPS["linear_fc1"], ffn),
+            "linear_fc2": dict.fromkeys(GROUPS["linear_fc2"], hidden),
+        }
+        self.layer = 0
 
-    def forward(self, tokens: Tensor, counts: list[int], weights: Tensor, owners: Tensor | None) -> Tensor:
+    def forward(self, tokens: Tensor, counts: list[int], weights: Tensor, carried: Carried | None) -> Tensor:
         """tokens `[n, h]` ordered by expert, `counts` of them each, weights `[n]` → `[n, h]`."""
-        order = _padded_order(counts, owners, device=tokens.device)
+        order = padded_order(counts, carried.owners if carried else None, device=tokens.device)
+        plans = _plans(carried, counts, order) if carried else []
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, order.gather)
-        gate, up = self._linear(x, self.fc1, order).chunk(2, dim=-1)
-        y = self._linear(F.silu(gate) * up, self.fc2, order)
+        gate, up = self._linear("linear_fc1", self.fc1, x, order, plans).chunk(2, dim=-1)
+        y = self._linear("linear_fc2", self.fc2, F.silu(gate) * up, order, plans)
         return y.index_select(0, order.scatter) * weights[:, None].to(y.dtype)
 
-    def _linear(self, x: Tensor, weight: Tensor, order: _Order) -> Tensor:
+    def _linear(self, name: str, weight: Tensor, x: Tensor, order: Order, plans: list[ExpertPlan]) -> Tensor:
         if x.is_cuda:
             y: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=order.ends)
-            return y
-        return torch.cat([F.linear(part, w) for part, w in zip(x.split(order.sizes), weight, strict=True)])
+        else:
+            y = torch.cat([F.linear(part, w) for part, w in zip(x.split(order.sizes), weight, strict=True)])
+        deltas, at = [], 0
+        for p in plans:
+            stack = p.plan.bank.stacks.get((self.layer, linear_name(name, self._first + p.expert)))
+            if stack is not None:
+                part = x[p.begin : p.end]
+                delta = low_rank(
+                    part,
+                    stack=stack,
+                    before=p.plan,
+                    after=p.plan,
+                    outputs=self._outputs[name],
+                    assemble=concatenated,
+                )
+                deltas += [y.new_zeros(p.begin - at, y.shape[1]), delta]
+                at = p.end
+        return y + torch.cat([*deltas, y.new_zeros(y.shape[0] - at, y.shape[1])]) if deltas else y
 
 
 @dataclasses.dataclass(frozen=True)
-class _Order:
-    """Tokens of a rank's experts, each expert's padded: `gather` `[N]` indexes tokens (n = a zero row), `scatter` `[n]`
-    says where each came from."""
+class Order:
+    """Tokens of a rank's experts, each expert's ordered by owner and padded.
+
+    `gather` `[N]` indexes tokens (n = a zero row), `scatter` `[n]` says where each token went; `owners` `[N]`, −1
+    without adapter; `sizes` and `ends` of the experts.
+    """
 
     gather: Tensor
     scatter: Tensor
+    owners: Tensor
     sizes: list[int]
     ends: Tensor
 
 
-def _padded_order(counts: list[int], owners: Tensor | None, *, device: torch.device) -> _Order:
+@dataclasses.dataclass(frozen=True)
+class ExpertPlan:
+    """Tokens `begin..end` of the padded order: those of one bank at one expert of this rank."""
+
+    expert: int
+    begin: int
+    end: int
+    plan: Plan
+
+
+def padded_order(counts: list[int], owners: Tensor | None, *, device: torch.device) -> Order:
+    """Order of `[n]` tokens that come expert by expert, `counts` of each; tokens without adapter come last."""
     pad = _PAD if device.type == "cpu" else 1
     sizes = [-(-n // pad) * pad for n in counts]
-    sums = torch.tensor(counts, device=device)
-    ends = torch.tensor(sizes, device=device).cumsum(0)
+    begins = torch.tensor([0, *itertools.accumulate(sizes)], device=device)
+    firsts = torch.tensor([0, *itertools.accumulate(counts)], device=device)
     total = sum(counts)
-    expert = torch.repeat_interleave(torch.arange(len(counts), device=device), sums, output_size=total)
-    within = torch.arange(total, device=device) - (sums.cumsum(0) - sums)[expert]
-    scatter = (ends - torch.tensor(sizes, device=device))[expert] + within
-    gather = torch.full((sum(sizes),), total, device=device)
-    gather[scatter] = torch.arange(total, device=device)
-    return _Order(gather, scatter, sizes, ends.to(torch.int32))
+    expert = torch.repeat_interleave(
+        torch.arange(len(counts), device=device), torch.tensor(counts, device=device), output_size=total
+    )
+    owners = torch.full((total,), -1, device=device) if owners is None else owners
+    last = torch.iinfo(torch.int32).max
+    key = expert * (last + 1) + torch.where(owners < 0, last, owners)
+    tokens = torch.argsort(key, stable=True)
+    places = begins[expert] + torch.arange(total, device=device) - firsts[expert]
+    gather, scatter = torch.full((sum(sizes),), total, device=device), torch.empty_like(tokens)
+    gather[places] = tokens
+    scatter[tokens] = places
+    placed = torch.full((sum(sizes),), -1, device=device)
+    placed[places] = owners[tokens]
+    return Order(gather, scatter, placed, sizes, begins[1:].to(torch.int32))
+
+
+def _plans(carried: Carried, counts: list[int], order: Order) -> list[ExpertPlan]:
+    """A plan for each bank at each expert, in the order of their tokens."""
+    found, at = [], 0
+    firsts = [0, *itertools.accumulate(b.slots + b.probes for b in carried.banks)]
+    for expert, (part, count) in enumerate(zip(order.owners.cpu().split(order.sizes), counts, strict=True)):
+        owners, numbers = (t.tolist() for t in part[:count].unique_consecutive(return_counts=True))
+        begin = at
+        for bank, first, after in zip(carried.banks, firsts, firsts[1:], strict=False):
+            mine = [(o - first, n) for o, n in zip(owners, numbers, strict=True) if first <= o < after]
+            tokens = sum(n for _, n in mine)
+            if mine:
+                routes = plan(bank, mine, padded=tokens, gradients=carried.gradients)
+                found.append(ExpertPlan(expert, begin, begin + tokens, routes))
+            begin += tokens
+        at += order.sizes[expert]
+    return found
 
 
 def local_tokens(column: Tensor, *, sequence_parallel: bool) -> Tensor:

@@ -125,8 +125,8 @@ def units_of(samples: Sequence[S], *, max_tokens: int) -> list[list[S]]:
 
 
 def pack(samples: Sequence[Sample]) -> Packed:
-    """One micro-batch; samples in ascending order of slot."""
-    lengths = np.array([s.inputs for s in samples])
+    """One micro-batch; samples in ascending order of slot. Without samples, padding alone."""
+    lengths = np.array([s.inputs for s in samples], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts[-1])
     size = _padded(total)
@@ -136,17 +136,17 @@ def pack(samples: Sequence[Sample]) -> Packed:
     )
     positions[:total] = np.arange(total) - np.repeat(starts[:-1], lengths)
     buckets, scatter = _buckets(lengths, starts, size)
-    answers = np.array([len(s.completion) for s in samples])
+    answers = np.array([len(s.completion) for s in samples], np.int64)
     first = starts[1:] - answers
     rows = np.arange(int(answers.sum())) - np.repeat(np.cumsum(answers) - answers, answers) + np.repeat(first, answers)
-    slots = np.array([s.slot for s in samples])
+    slots = np.array([s.slot for s in samples], np.int64)
     counts: dict[int, int] = {}
     for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
         counts[slot] = counts.get(slot, 0) + length
     return Packed(
         tokens=tokens,
         positions=positions,
-        longest=int(lengths.max()),
+        longest=int(lengths.max(initial=1)),
         counts=tuple(counts.items()),
         buckets=buckets,
         scatter=scatter,
@@ -160,7 +160,7 @@ def pack(samples: Sequence[Sample]) -> Packed:
 
 def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:
     """Gather indices of each width, and where each token comes back from; `size` and the last row mean zero."""
-    widths = np.array([width(n) for n in lengths.tolist()])
+    widths = np.array([width(n) for n in lengths.tolist()], np.int64)
     buckets: list[AttentionBucket] = []
     place = np.zeros(lengths.size, np.int64)
     offset = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,10 +13,14 @@ from torch import Tensor
 from allele.protocol.commands import LossSpec, MemberLoss
 from allele_trainer.bank.rows import Bank
 from allele_trainer.lora.plan import plan
-from allele_trainer.model.batch import PackedBatch, to_device
+from allele_trainer.model.batch import Carried, PackedBatch, to_device
 from allele_trainer.model.build import BaseModel
+from allele_trainer.parallel import Ranks
 from allele_trainer.rl.losses import LOSSES, TokenLoss
 from allele_trainer.rl.packing import Packed, Sample, micro_batches, pack
+
+_IN_FLIGHT = 2
+"""Parts of a micro-batch per stage of a pipeline: a stage idles (pp − 1) / (parts + pp − 1) of the time."""
 
 
 @dataclasses.dataclass
@@ -49,31 +54,78 @@ def train(
 ) -> dict[int, Sums]:
     """Add the samples' gradients to the gradient rows of their slots; gives each slot's sums.
 
-    `weights`: what a token of each slot counts in its member's loss. Samples in ascending order of slot.
+    `weights`: what a token of each slot counts in its member's loss. Samples in ascending order of slot; all ranks call
+    it with all of them, data ranks compute a share each.
     """
-    packed = pack(micro_batch)
-    batch = _on_device(model, bank, packed, gradients=True)
-    old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
-    found = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
-    token = LOSSES[loss.kind](found, old, advantages, loss)
-    weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
-    (token.loss * weight).sum().backward()
-    for slot in _spoiled(packed):
+    sums: dict[int, Sums] = {}
+
+    def scalar(packed: Packed, found: Tensor) -> Tensor:
+        old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
+        token = LOSSES[loss.kind](found, old, advantages, loss)
+        weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
+        for slot, some in _sums(packed, token, weight=weight, gap=(found.detach() - old).abs()).items():
+            sums.setdefault(slot, Sums()).add(some)
+        return (token.loss * weight).sum()
+
+    def prepare(packed: Packed) -> PackedBatch:
+        return _on_device(model, bank, packed, gradients=True)
+
+    batches = [pack(part) for part in _share(micro_batch, model.ranks)]
+    model.run(batches, prepare=prepare, loss=scalar, backward=True)
+    for slot in {slot for packed in batches for slot in _spoiled(packed)}:
         bank.spoil(slot)
-    return _sums(packed, token, weight=weight, gap=(found.detach() - old).abs())
+    return _of_all_ranks(model, sums)
+
+
+def _share(samples: Sequence[Sample], ranks: Ranks) -> list[Sequence[Sample]]:
+    """What this data rank computes of a micro-batch: for a pipeline in parts that keep its stages busy.
+
+    Ranks that exchange tokens for experts go through the same number of parts, empty ones where need be.
+    """
+    layout = ranks.layout
+    shares: list[list[Sequence[Sample]]] = []
+    for rank in range(layout.dp):
+        mine = samples[rank :: layout.dp]
+        tokens = -(-sum(s.inputs for s in mine) // (_IN_FLIGHT * layout.pp))
+        shares.append([mine] if layout.pp == 1 else list(micro_batches(mine, max_tokens=tokens)))
+    parts = shares[ranks.data_rank]
+    if layout.ep > 1:
+        return parts + [()] * (max(map(len, shares)) - len(parts))
+    return [p for p in parts if p]
 
 
 def logprobs(model: BaseModel, bank: Bank, samples: Sequence[Sample], *, max_tokens: int) -> dict[int, list[float]]:
-    """Log-probabilities of each slot's completion tokens, in the order of its samples."""
+    """Log-probabilities of each slot's completion tokens, in the order of its samples; all ranks compute all."""
     result: dict[int, list[float]] = {}
-    with torch.no_grad():
-        for micro_batch in micro_batches(samples, max_tokens=max_tokens):
-            packed = pack(micro_batch)
-            batch = _on_device(model, bank, packed, gradients=False)
-            values = model.logprobs(batch, torch.as_tensor(packed.targets).to(model.device))
-            for slot, value in zip(packed.owners.tolist(), values.tolist(), strict=True):
-                result.setdefault(slot, []).append(value)
-    return result
+
+    def keep(packed: Packed, values: Tensor) -> Tensor:
+        for slot, value in zip(packed.owners.tolist(), values.tolist(), strict=True):
+            result.setdefault(slot, []).append(value)
+        return values.sum()
+
+    def prepare(item: Packed) -> PackedBatch:
+        return _on_device(model, bank, item, gradients=False)
+
+    batches = [pack(b) for b in micro_batches(samples, max_tokens=max_tokens)]
+    model.run(batches, prepare=prepare, loss=keep, backward=False)
+    if model.ranks.layout.pp == 1:
+        return result
+    last: dict[str, list[float]] = json.loads(model.ranks.gather(json.dumps(result).encode())[-1])
+    return {int(slot): values for slot, values in last.items()}
+
+
+def _of_all_ranks(model: BaseModel, sums: dict[int, Sums]) -> dict[int, Sums]:
+    """Sums of the data ranks added up; one rank of each last stage speaks for its pipeline."""
+    ranks = model.ranks
+    if ranks.size == 1:
+        return sums
+    speaks = model.last_stage and ranks.place.tp_rank == 0
+    mine = {slot: dataclasses.astuple(s) for slot, s in sums.items()} if speaks else {}
+    total: dict[int, Sums] = {}
+    for data in ranks.gather(json.dumps(mine).encode()):
+        for slot, values in json.loads(data).items():
+            total.setdefault(int(slot), Sums()).add(Sums(*values))
+    return total
 
 
 def _spoiled(packed: Packed) -> list[int]:
@@ -84,8 +136,16 @@ def _spoiled(packed: Packed) -> list[int]:
 
 
 def _on_device(model: BaseModel, bank: Bank, packed: Packed, *, gradients: bool) -> PackedBatch:
-    routes = plan(bank, packed.counts, padded=packed.tokens.size, gradients=gradients)
-    return to_device(packed, plan=routes, device=model.device)
+    ranks, size = model.ranks, packed.tokens.size
+    chunk = (ranks.place.tp_rank, ranks.place.tp) if ranks.sequence_parallel else (0, 1)
+    routes = plan(bank, packed.counts, padded=size, gradients=gradients, chunk=chunk) if packed.counts else None
+    carried = None
+    if model.config.experts:
+        owners = torch.full((size,), -1)
+        for slot, begin, end in routes.spans if routes else ():
+            owners[begin:end] = slot
+        carried = Carried((bank,), owners.to(model.device), gradients)
+    return to_device(packed, plan=routes, device=model.device, carried=carried)
 
 
 def _sums(packed: Packed, token: TokenLoss, *, weight: Tensor, gap: Tensor) -> dict[int, Sums]:
