@@ -18,6 +18,4 @@ class RunBundle(Model):
     run_spec: RLRunSpec
     population_spec: AdapterPopulationSpec
     base_uri: str
-    slots: int
-    """Training slots of the pool: the largest wave."""
     image: str = ""

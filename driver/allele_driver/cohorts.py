@@ -1,6 +1,6 @@
 """Who trains when: pure.
 
-A step trains a cohort; a cohort that is larger than the trainer's slots is trained in waves.
+A step trains a cohort; a cohort that is larger than what the trainer steps at a time is trained in waves.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ def cohort(members: Sequence[T], *, step: int, size: int | None) -> tuple[T, ...
     return tuple(members[(first + k) % len(members)] for k in range(size))
 
 
-def waves(members: Sequence[T], *, slots: int) -> Iterator[tuple[T, ...]]:
-    """Parts of at most `slots` members, in order."""
-    for start in range(0, len(members), slots):
-        yield tuple(members[start : start + slots])
+def waves(members: Sequence[T], *, size: int) -> Iterator[tuple[tuple[T, ...], tuple[T, ...]]]:
+    """Parts of at most `size` members, in order, each with the one that follows it."""
+    for start in range(0, len(members), size):
+        end = start + size
+        yield tuple(members[start:end]), tuple(members[end : end + size])
 
 
 def turns(place: int, *, members: int, step: int, size: int | None) -> int:

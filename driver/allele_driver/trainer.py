@@ -63,8 +63,10 @@ class Trainer:
         self._epoch, self._seq, self.incarnation = epoch, 0, done.incarnation
         return done
 
-    async def admit(self, members: Sequence[str]) -> Admitted:
-        return await self._command("admit", Admit(header=self._next(), members=tuple(members)), Admitted)
+    async def admit(self, members: Sequence[str], *, following: Sequence[str] = ()) -> Admitted:
+        """`following`: the wave after this one; its rows come in while this one computes."""
+        body = Admit(header=self._next(), members=tuple(members), next=tuple(following))
+        return await self._command("admit", body, Admitted)
 
     async def forward_backward(self, loss: LossSpec, rows: Sequence[TrainRow]) -> ForwardBackwardDone:
         columns: dict[str, list[object]] = {

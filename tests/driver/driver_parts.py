@@ -170,7 +170,6 @@ def bundle(population: str, *, uid: str, members: int, steps: int, **run_spec: A
             "runSpec": spec,
             "populationSpec": population_spec,
             "baseUri": f"file://{BASE}",
-            "slots": 4,
         }
     )
 

@@ -30,12 +30,13 @@ def test_turns_differ_by_at_most_one(n: int, size: int | None, steps: int) -> No
 
 
 @settings(deadline=None)
-@given(n=st.integers(0, 100), slots=st.integers(1, 20))
-def test_waves_hold_every_member_once_and_fit_the_slots(n: int, slots: int) -> None:
-    found = list(waves(range(n), slots=slots))
-    assert [m for wave in found for m in wave] == list(range(n))
-    assert all(1 <= len(wave) <= slots for wave in found)
-    assert len(found) == -(-n // slots)
+@given(n=st.integers(0, 100), size=st.integers(1, 20))
+def test_waves_hold_every_member_once_and_tell_which_comes_next(n: int, size: int) -> None:
+    found = list(waves(range(n), size=size))
+    assert [m for wave, _ in found for m in wave] == list(range(n))
+    assert all(1 <= len(wave) <= size for wave, _ in found)
+    assert len(found) == -(-n // size)
+    assert [following for _, following in found] == [wave for wave, _ in found[1:]] + [()] * bool(found)
 
 
 @settings(deadline=None)

@@ -112,7 +112,6 @@ def driver_parts(plan: Plan) -> DriverParts:
         run_spec=plan.run_spec,
         population_spec=plan.population_spec,
         base_uri=plan.base_uri,
-        slots=plan.slots,
         image="local",
     )
     return DriverParts(

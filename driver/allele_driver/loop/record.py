@@ -132,6 +132,7 @@ def step_metrics(turn: Turn, trained: Trained, rollouts: Rollouts, *, lag: int) 
         "optimizer_step": float(trained.update.step),
         "learning_rate": turn.learning_rate,
         "policy_lag": float(lag),
+        "batched": float(trained.mode == "Batched"),
     }
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 
 from allele.protocol.errors import ProtocolError, SequenceGap, UnknownIncarnation
+from allele.protocol.progress import TrainerSlots
 from allele.protocol.serving import Target
 from allele.store import Fact
 from allele_driver.failures import Failures
@@ -73,7 +74,8 @@ class Run:
         self._newcomers: list[Member] = []
         self._abandoned: list[Fact] = []
         self._ahead: asyncio.Task[Rollouts] | None = None
-        self._slots = self._bundle.slots
+        self._wave = 1
+        """Members that the trainer takes at a time, as it says when it is reset."""
         self._failures = Failures()
         self._recoveries = 0
         self._reached = False
@@ -162,7 +164,8 @@ class Run:
             raise InvalidInput(
                 f"base: expected digest {bundle.population_spec.base.digest} in the trainer, found {done.base_digest}"
             )
-        self._slots = min(self._bundle.slots, done.slots)
+        self._wave = done.wave
+        self._voice.tally.trainer = TrainerSlots(slots=done.slots, wave=done.wave, reason=done.slots_reason)
         self._current = {p.member.name: p.revision for p in points if p.revision is not None}
         self._newcomers = [p.member for p in points if p.revision is None]
         self._abandoned = [
@@ -192,7 +195,7 @@ class Run:
                 exported = await initialise(
                     self._with.trainer,
                     [m.name for m in new],
-                    slots=self._slots,
+                    wave=self._wave,
                     probes=active.probes,
                     stages=Stages(),
                 )
@@ -210,7 +213,7 @@ class Run:
         trained = await train(
             self._with.trainer,
             turns,
-            slots=self._slots,
+            wave=self._wave,
             probes={i: a.probes for i, a in enumerate(self._roster.active)},
             ending=lambda: self._reached or self._with.stopping.is_set(),
             stages=stages,

@@ -15,6 +15,7 @@ from allele.protocol.commands import (
     LossSpec,
     MemberLoss,
     MemberUpdate,
+    Mode,
     ProbeSequence,
 )
 from allele_driver.cohorts import waves
@@ -51,6 +52,7 @@ class Exported:
 class Trained:
     """`exported` is None when the gradient was not finite: the member is unchanged."""
 
+    mode: Mode
     loss: MemberLoss
     update: MemberUpdate
     exported: Exported | None
@@ -60,45 +62,47 @@ async def train(
     trainer: Trainer,
     turns: Sequence[Turn],
     *,
-    slots: int,
+    wave: int,
     probes: Mapping[int, Sequence[ProbeSequence]],
     ending: Callable[[], bool],
     stages: Stages,
 ) -> dict[str, Trained]:
-    """`probes` by part; when the run is `ending`, every member saves its state.
+    """`wave`: members at a time; `probes` by part; when the run is `ending`, every member saves its state.
 
     Raises UnknownIncarnation when the trainer restarted: nothing of it counts then.
     """
     trained: dict[str, Trained] = {}
-    for wave in waves(turns, slots=slots):
+    for some, following in waves(turns, size=wave):
         with stages("train"):
-            await trainer.admit([t.member for t in wave])
+            await trainer.admit([t.member for t in some], following=[t.member for t in following])
             losses: dict[str, MemberLoss] = {}
-            for loss, some in _by(wave, [t.loss for t in wave]).items():
-                done = await trainer.forward_backward(loss, [r for t in some for r in t.rows])
+            modes: dict[str, Mode] = {}
+            for loss, alike in _by(some, [t.loss for t in some]).items():
+                done = await trainer.forward_backward(loss, [r for t in alike for r in t.rows])
                 losses |= done.members
-            updates = (await trainer.optim_step({t.member: t.learning_rate for t in wave})).members
-        changed = [t for t in wave if not updates[t.member].skipped]
+                modes |= dict.fromkeys(done.members, done.mode)
+            updates = (await trainer.optim_step({t.member: t.learning_rate for t in some})).members
+        changed = [t for t in some if not updates[t.member].skipped]
         exported = await export(
             trainer,
-            {part: [t.member for t in some] for part, some in _by(changed, [t.part for t in changed]).items()},
+            {part: [t.member for t in mine] for part, mine in _by(changed, [t.part for t in changed]).items()},
             probes=probes,
             saves=[t.member for t in changed if t.saves_state or ending()],
             stages=stages,
         )
-        for t in wave:
-            trained[t.member] = Trained(losses[t.member], updates[t.member], exported.get(t.member))
+        for t in some:
+            trained[t.member] = Trained(modes[t.member], losses[t.member], updates[t.member], exported.get(t.member))
     return trained
 
 
 async def initialise(
-    trainer: Trainer, members: Sequence[str], *, slots: int, probes: Sequence[ProbeSequence], stages: Stages
+    trainer: Trainer, members: Sequence[str], *, wave: int, probes: Sequence[ProbeSequence], stages: Stages
 ) -> dict[str, Exported]:
     """Write members of one part as they begin, with their state."""
     found: dict[str, Exported] = {}
-    for wave in waves(members, slots=slots):
-        await trainer.admit(wave)
-        found |= await export(trainer, {0: wave}, probes={0: probes}, saves=wave, stages=stages)
+    for some, following in waves(members, size=wave):
+        await trainer.admit(some, following=following)
+        found |= await export(trainer, {0: some}, probes={0: probes}, saves=some, stages=stages)
     return found
 
 

@@ -139,7 +139,6 @@ def _bundle(run: Obj, parts: render.DriverParts, world: World) -> list[Action]:
 def driver_parts(run: Obj, spec: RLRunSpec, needs: Needs, options: Options) -> render.DriverParts:
     """The driver of a run, from the resources as they are now."""
     namespace, pool = run["metadata"]["namespace"], needs.pool["metadata"]["name"]
-    trainer = needs.pool_spec.trainer
     bundle = RunBundle(
         namespace=namespace,
         run=run["metadata"]["name"],
@@ -149,7 +148,6 @@ def driver_parts(run: Obj, spec: RLRunSpec, needs: Needs, options: Options) -> r
         run_spec=spec,
         population_spec=needs.population_spec,
         base_uri=needs.pool_spec.base.uri,
-        slots=trainer.slots if trainer and isinstance(trainer.slots, int) else 65536,
         image=needs.runtime.images.driver,
     )
     return render.DriverParts(
