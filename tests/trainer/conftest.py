@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from allele_trainer.model.build import BaseModel, build
-from tests.trainer.trainer_parts import Rig, write_base
+from tests.trainer.random_base import write_base
+from tests.trainer.trainer_parts import Rig
 
 torch.set_num_threads(1)
 

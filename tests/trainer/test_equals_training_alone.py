@@ -9,11 +9,20 @@ import torch
 
 from allele.protocol import commands as c
 from allele_trainer.model.build import build
-from tests.trainer.trainer_parts import ALL, PeftTwin, Rig, adapter, examples, start, write_base
+from tests.trainer.random_base import write_base
+from tests.trainer.trainer_parts import ALL, Rig, adapter, examples, start
+from tests.trainer.twin import PeftTwin
 
 SHAPES = {
     "grouped": {},
     "odd sizes": {"vocab_size": 53, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "head_dim": 12},
+    "experts": {
+        "model": "qwen3_moe",
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "tied, one group": {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1},
 }
 RATE = 1e-4
@@ -46,7 +55,7 @@ def test_five_grpo_steps_equal_peft_for_every_member(sizes: dict[str, object], t
             norms[member].append(update.grad_norm)
 
     for member, spec in specs.items():
-        twin = PeftTwin(base, rig, rig.store.read(weights[member]), spec, tmp_path / member)
+        twin = PeftTwin(base, rig.shape(spec), rig.store.read(weights[member]), spec, tmp_path / member)
         mine = [[e for e in found if e.member == member] for found in steps]
         theirs = twin.train(mine, rate=rates[member], rule=rules[member])
         assert norms[member] == pytest.approx(theirs, rel=2e-5)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from allele.protocol import commands as c
-from tests.trainer.trainer_parts import PeftTwin, Rig, adapter, examples, start
+from tests.trainer.trainer_parts import Rig, adapter, examples, start
+from tests.trainer.twin import PeftTwin
 
 PROBES = (c.ProbeSequence(prompt=(5, 6, 7), completion=(8, 9)), c.ProbeSequence(prompt=(40,), completion=(41, 42, 43)))
 
@@ -28,7 +29,7 @@ def test_exported_adapter_gives_the_same_logprobs_in_peft(
     done = mine.export("a", "b", probes=PROBES)
     for i, member in enumerate("ab"):
         packed = mine.store.read(done.weights[member])
-        twin = PeftTwin(base, mine, packed, adapter(alpha=8 + 8 * i), tmp_path / member)
+        twin = PeftTwin(base, mine.shape(adapter()), packed, adapter(alpha=8 + 8 * i), tmp_path / member)
         with torch.no_grad():
             expected = torch.cat([twin.logprobs(p.prompt, p.completion) for p in PROBES])
         found = torch.tensor(done.probe_logprobs[member])

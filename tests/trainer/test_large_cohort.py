@@ -11,7 +11,8 @@ import pytest
 
 from allele.protocol import commands as c
 from allele_trainer.model.build import build
-from tests.trainer.trainer_parts import Rig, adapter, examples, same_rows, start, write_base
+from tests.trainer.random_base import write_base
+from tests.trainer.trainer_parts import Rig, adapter, examples, same_rows, start
 
 MEMBERS = [f"m{i:04d}" for i in range(4096)]
 SIZES = {

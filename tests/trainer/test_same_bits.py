@@ -10,7 +10,8 @@ import pytest
 from pyarrow import feather
 
 from allele_trainer.model.build import BaseModel, build
-from tests.trainer.trainer_parts import Example, Rig, adapter, examples, same_rows, start, write_base
+from tests.trainer.random_base import write_base
+from tests.trainer.trainer_parts import Example, Rig, adapter, examples, same_rows, start
 
 STEPS = 4
 

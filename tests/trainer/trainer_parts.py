@@ -1,4 +1,4 @@
-"""Real parts for trainer tests: random Qwen3 folders, a trainer on a folder store, samples, a PEFT twin."""
+"""Real parts for trainer tests: a trainer on a folder store, samples."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import peft
 import torch
-import transformers
 
-from allele.format import AdapterShape, export_peft
+from allele.format import AdapterShape
 from allele.protocol import commands as c
 from allele.protocol import samples as wire
 from allele.store import PopulationStore
@@ -25,31 +23,6 @@ from allele_trainer.server.work import Part
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMESPACE, POPULATION = "lab", "mice"
-
-
-def write_base(folder: pathlib.Path, **sizes: object) -> pathlib.Path:
-    """A Qwen3 with every weight random, norms included, as a Hugging Face folder."""
-    config = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        "attention_bias": False,
-    }
-    torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config | sizes)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.08 * noise)
-    model.save_pretrained(folder)
-    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,48 +152,3 @@ def same_rows(one: Row, other: Row) -> bool:
     return one.step == other.step and all(
         torch.equal(getattr(one, f), getattr(other, f)) for f in ("weights", "exp_avg", "exp_avg_sq")
     )
-
-
-class PeftTwin:
-    """The same adapter in Hugging Face + PEFT with torch's AdamW and clip: code that shares nothing with ours."""
-
-    def __init__(self, base: pathlib.Path, rig: Rig, packed: bytes, spec: c.AdapterSpec, folder: pathlib.Path) -> None:
-        shape = rig.shape(spec)
-        export_peft(packed, folder, shape=shape, alpha=spec.alpha, scaling=spec.scaling, base_name=str(base))
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32, attn_implementation="eager"
-        )
-        self.shape = shape
-        self.model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor([[*prompt, *completion]])
-        logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
-
-    def train(self, steps: Sequence[Sequence[Example]], *, rate: float, rule: c.OptimizerSpec) -> list[float]:
-        """GRPO steps, written out here on its own; gives the gradient norms."""
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=rate,
-            betas=(rule.beta1, rule.beta2),
-            eps=rule.eps,
-            weight_decay=rule.weight_decay,
-        )
-        norms = []
-        for found in steps:
-            optimizer.zero_grad()
-            total = sum(len(e.completion) for e in found)
-            for e in found:
-                ratio = (self.logprobs(e.prompt, e.completion) - torch.tensor(e.logprobs)).exp()
-                gain = torch.minimum(ratio * e.advantage, ratio.clamp(0.8, 1.28) * e.advantage)
-                (-gain.sum() / total).backward()
-            norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), rule.clip)))
-            optimizer.step()
-        return norms
-
-    def row(self) -> torch.Tensor:
-        """Its parameters in the order of the shape."""
-        tensors = {n.replace(".default", ""): p.detach() for n, p in self.parameters.items()}
-        return torch.cat([tensors[t.name].reshape(-1) for t in self.shape.tensors])
