@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from allele.protocol import commands as c
-from allele.protocol.errors import Overloaded, Unavailable
+from allele.protocol.errors import InvalidRequest, Overloaded, Unavailable
 from allele_trainer.bank.rows import StaleSlot
 from allele_trainer.bank.table import Key, PageTable
 from allele_trainer.lora.plan import plan, routed
@@ -181,6 +181,24 @@ def test_when_the_store_takes_no_rows_nothing_is_lost(
                 (tmp_path / "away").rename(folder)
             mine.step(part, rate=5e-3)
     assert refused > len(MEMBERS)
+    assert equal(mine, all_in)
+
+
+def test_host_memory_that_holds_no_row_refuses_the_reset(rig: Callable[..., Rig]) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"host memory: expected at least \d+ bytes for one adapter of rank 8, found"
+    ):
+        begin(rig(slots=1, host_memory=1000))
+
+
+def test_more_rows_at_once_than_host_memory_holds_go_out_one_after_the_other(
+    rig: Callable[..., Rig], all_in: Rig
+) -> None:
+    mine = begin(rig(slots=3))
+    mine.trainer.host.capacity = 2 * row_bytes(mine)
+    for found in STEPS:
+        mine.step(found, rate=5e-3, wave=3)
+    assert mine.trainer.host.spilled > 0
     assert equal(mine, all_in)
 
 

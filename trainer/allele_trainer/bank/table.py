@@ -65,11 +65,18 @@ class PageTable:
     """Pages of one Bank, least recently used first out."""
 
     def __init__(self, bank: Bank, host: HostTier, ranks: Ranks) -> None:
+        """Raises InvalidRequest when host memory does not hold one row with its gradient."""
         self.bank, self._host, self._ranks = bank, host, ranks
         place = ranks.place
         # The same on every rank, so that all of them run out of host memory at the same row.
         part = -(-bank.shape.numel // (place.tp * place.pp))
         self._row_bytes, self._gradient_bytes = host.row_bytes(part), host.gradient_bytes(part)
+        least = self._row_bytes + self._gradient_bytes
+        if host.capacity < least:
+            raise InvalidRequest(
+                f"host memory: expected at least {least} bytes for one adapter of rank {bank.shape.rank}, found "
+                f"{host.capacity} (--host-memory)"
+            )
         self._pages: dict[str, dict[str, Page]] = {}
         self._resident: collections.OrderedDict[Key, int] = collections.OrderedDict()
         self._free = list(range(bank.slots))
@@ -190,9 +197,13 @@ class PageTable:
         return found
 
     def _write_back(self, keys: Sequence[Key], *, leaving: Sequence[Key]) -> None:
-        """Take members out of their slots; the rows of `leaving` are about to leave host memory."""
-        if not keys:
-            return
+        """Take members out of their slots, as many at a time as host memory holds; the rows of `leaving` are about to
+        leave it."""
+        most = max(1, self._host.capacity // (self._row_bytes + self._gradient_bytes))
+        for first in range(0, len(keys), most):
+            self._write_some(keys[first : first + most], leaving=leaving)
+
+    def _write_some(self, keys: Sequence[Key], *, leaving: Sequence[Key]) -> None:
         numel, host = self.bank.numel, self._host
         pages = [self.page(k) for k in keys]
         changed = [p.unsaved and p.row is None for p in pages]
