@@ -1,0 +1,91 @@
+"""One process of a layout: trains the cohort on its shards and writes what it holds and was told.
+
+python -m tests.trainer.parallel.rank '{"tp": 2}' BASE OUT     with torchrun's environment
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import torch
+
+from allele.protocol.commands import LossSpec
+from allele_trainer.bank.rows import Bank, Row
+from allele_trainer.bank.shard import Shard
+from allele_trainer.bank.start import fresh
+from allele_trainer.bank.step import Update, step
+from allele_trainer.model.build import BaseModel, build
+from allele_trainer.parallel import Layout, initialise
+from allele_trainer.rl.packing import Sample, micro_batches
+from allele_trainer.rl.passes import logprobs, train
+from tests.trainer.parallel import cohort
+
+
+class Trainee:
+    """Members of one shape in one bank."""
+
+    def __init__(self, model: BaseModel, members: list[str]) -> None:
+        self.model, self.members = model, members
+        shape = cohort.shape(model.config.raw, members[0])
+        self.shard = Shard(shape, model.ranks.place)
+        self.bank = Bank(self.shard, slots=4, probes=1, device=model.device)
+        for slot, member in enumerate(members):
+            self.store(slot, member, fresh(torch.from_numpy(cohort.first_weights(shape, member))))
+
+    def store(self, slot: int, member: str, whole: Row) -> None:
+        parts = (self.shard.take(t).contiguous() for t in (whole.weights, whole.exp_avg, whole.exp_avg_sq))
+        self.bank.store(slot, Row(*parts, step=whole.step), scale=cohort.SPECS[member].scale)
+
+    def samples(self, number: int) -> list[Sample]:
+        return [
+            Sample(self.members.index(e.member), e.prompt, e.completion, e.logprobs, e.advantage)
+            for e in cohort.samples(number)
+            if e.member in self.members
+        ]
+
+    def step(self, number: int, report: dict[str, dict[str, list[float]]]) -> None:
+        """One step of every member: several micro-batches, then one update."""
+        found = self.samples(number)
+        weights = {
+            slot: 1 / sum(len(s.completion) for s in found if s.slot == slot) for slot in range(len(self.members))
+        }
+        losses = dict.fromkeys(range(len(self.members)), 0.0)
+        for batch in micro_batches(found, max_tokens=60):
+            for slot, sums in train(self.model, self.bank, batch, loss=LossSpec(), weights=weights).items():
+                losses[slot] += sums.loss
+        updates = [Update(slot, cohort.RATES[m], cohort.RULES[m]) for slot, m in enumerate(self.members)]
+        for slot, done in enumerate(step(self.bank, updates, ranks=self.model.ranks)):
+            report[self.members[slot]]["norms"].append(done.norm)
+            report[self.members[slot]]["losses"].append(losses[slot])
+
+
+def main() -> None:
+    layout, base, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+    torch.set_num_threads(1)
+    ranks = initialise(Layout(**layout))
+    model = build(base, ranks)
+    by_shape: dict[str, list[str]] = {}
+    for member in cohort.SPECS:
+        by_shape.setdefault(cohort.shape(model.config.raw, member).digest, []).append(member)
+    trainees = [Trainee(model, members) for members in by_shape.values()]
+    report: dict[str, dict[str, list[float]]] = {m: {"norms": [], "losses": []} for m in cohort.SPECS}
+    rows: dict[str, dict[str, torch.Tensor]] = {}
+    for number in range(cohort.STEPS):
+        for trainee in trainees:
+            trainee.step(number, report)
+            for slot, member in enumerate(trainee.members):
+                row = trainee.bank.load(slot)
+                if number == 0:
+                    rows[member] = {"first": row.exp_avg}
+                rows[member] |= {"weights": row.weights, "exp_avg": row.exp_avg, "exp_avg_sq": row.exp_avg_sq}
+    after = {}
+    for trainee in trainees:
+        found = logprobs(model, trainee.bank, trainee.samples(0), max_tokens=60)
+        after.update({m: found[slot] for slot, m in enumerate(trainee.members)})
+    torch.save({"rows": rows, "report": report, "logprobs": after}, out / f"{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Every layout trains what Hugging Face, PEFT and torch's AdamW train: gradients, norms and five steps of every member.
+
+Members have ranks, targets and rules of their own; batches are ragged and several per step. What a rank holds is put
+together with `Shard`, which knows nothing of how the model split its work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from allele_trainer.bank.shard import Shard
+from allele_trainer.parallel import Layout
+from tests.trainer.parallel import cohort
+from tests.trainer.parallel.launch import launch
+from tests.trainer.random_base import write_base
+from tests.trainer.twin import PeftTwin
+
+LAYOUTS = {
+    "tp2": ("qwen3", Layout(tp=2)),
+    "tp2 with sequence parallelism": ("qwen3", Layout(tp=2, sequence_parallel=True)),
+    "pp2 with recompute": ("qwen3", Layout(pp=2, recompute=True)),
+    "dp2": ("qwen3", Layout(dp=2)),
+    "tp2 × pp2": ("qwen3", Layout(tp=2, pp=2, sequence_parallel=True, recompute=True)),
+    "ep2": ("qwen3_moe", Layout(dp=2, ep=2, recompute=True)),
+    "experts over tensor ranks": ("qwen3_moe", Layout(tp=2, ep=2, sequence_parallel=True)),
+    "experts on a pipeline": ("qwen3_moe", Layout(pp=2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Of one member, from code that shares nothing with ours."""
+
+    first: torch.Tensor
+    weights: torch.Tensor
+    norms: list[float]
+    logprobs: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Of one member: whole rows, and what each rank was told."""
+
+    first: torch.Tensor
+    weights: torch.Tensor
+    norms: list[list[float]]
+    logprobs: list[list[float]]
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[pathlib.Path, dict[str, Expected]]]:
+    """Base → its folder and what every member becomes; once for all layouts."""
+    known: dict[str, tuple[pathlib.Path, dict[str, Expected]]] = {}
+
+    def make(model: str) -> tuple[pathlib.Path, dict[str, Expected]]:
+        if model not in known:
+            folder = tmp_path_factory.mktemp(model)
+            base = write_base(folder / "base", model=model, **cohort.SIZES[model])
+            known[model] = base, {m: _expected(base, folder / m, m) for m in cohort.SPECS}
+        return known[model]
+
+    return make
+
+
+def _expected(base: pathlib.Path, folder: pathlib.Path, member: str) -> Expected:
+    shape = cohort.shape(json.loads((base / "config.json").read_text()), member)
+    packed = shape.pack(cohort.first_weights(shape, member))
+    twin = PeftTwin(base, shape, packed, cohort.SPECS[member], folder)
+    steps = [[e for e in cohort.samples(n) if e.member == member] for n in range(cohort.STEPS)]
+    norms = twin.train(steps, rate=cohort.RATES[member], rule=cohort.RULES[member])
+    with torch.no_grad():
+        logprobs = torch.cat([twin.logprobs(e.prompt, e.completion) for e in steps[0]]).tolist()
+    assert twin.first is not None
+    return Expected(twin.first, twin.row(), norms, logprobs)
+
+
+def _train(base: pathlib.Path, layout: Layout, out: pathlib.Path) -> dict[str, Found]:
+    arguments = [json.dumps(dataclasses.asdict(layout)), str(base), str(out)]
+    launch("tests.trainer.parallel.rank", arguments, processes=layout.processes, out=out)
+    ranks: list[dict[str, Any]] = [torch.load(out / f"{r}.pt") for r in range(layout.processes)]
+    found = {}
+    for member in cohort.SPECS:
+        shape = cohort.shape(json.loads((base / "config.json").read_text()), member)
+        whole = {part: torch.full((shape.numel,), torch.nan) for part in ("first", "weights")}
+        for number, rank in enumerate(ranks):
+            for part, row in whole.items():
+                Shard(shape, layout.place(number)).put(rank["rows"][member][part], row)
+        told = [r["report"][member]["norms"] for r in ranks]
+        found[member] = Found(whole["first"], whole["weights"], told, [r["logprobs"][member] for r in ranks])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_five_steps_equal_peft_for_every_member(
+    oracle: Callable[[str], tuple[pathlib.Path, dict[str, Expected]]],
+    tmp_path: pathlib.Path,
+    model: str,
+    layout: Layout,
+) -> None:
+    base, expected = oracle(model)
+    for member, found in _train(base, layout, tmp_path).items():
+        wanted = expected[member]
+        scale = wanted.first.abs().max()
+        assert (found.first - wanted.first).abs().max() < 5e-6 * scale, f"{member}: first gradient"
+        for norms in found.norms:
+            assert norms == pytest.approx(wanted.norms, rel=2e-5), f"{member}: norms"
+        gap = (found.weights - wanted.weights).abs()
+        # Adam divides a gradient by its own size: where it is almost zero, rounding decides an element's step.
+        assert gap.quantile(0.999) < 3e-7, f"{member}: weights differ by {gap.quantile(0.999)}"
+        assert gap.max() < cohort.RATES[member], f"{member}: weights differ by {gap.max()}, more than a step"
+        for logprobs in found.logprobs:
+            assert logprobs == pytest.approx(wanted.logprobs, abs=1e-5), f"{member}: logprobs after five steps"
