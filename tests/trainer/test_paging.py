@@ -269,3 +269,18 @@ def test_moments_are_zero_when_a_member_starts_from_weights_in_a_used_slot(rig: 
     row = mine.row("m0")
     assert row.step == 0 and not row.exp_avg.any() and not row.exp_avg_sq.any()
     assert torch.equal(table(mine).bank.step_counts, torch.zeros(1))
+
+
+def test_each_rank_has_a_bank_of_exactly_its_size(rig: Callable[..., Rig]) -> None:
+    """No row is padded to a larger rank: there are no elements between members that could drift."""
+    mine = rig(slots=2)
+    specs = {"four": adapter(rank=4), "eight": adapter(rank=8), "narrow": adapter(rank=8, targets=("q_proj", "o_proj"))}
+    mine.reset([start(m, s, weights=mine.random_weights(m, s, seed=1)) for m, s in specs.items()])
+    mine.step(examples(specs, each=2, vocab=96), rate=5e-3)
+    banks = {t.bank.shape.digest: t.bank for t in mine.trainer._tables.values()}
+    assert len(banks) == 3
+    for member, spec in specs.items():
+        shape = mine.shape(spec)
+        assert banks[shape.digest].numel == shape.numel == mine.row(member).weights.numel()
+        beyond = banks[shape.digest]._read[:, shape.numel :]
+        assert not beyond.any() and beyond.shape[1] < 16

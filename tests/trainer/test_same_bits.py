@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from pyarrow import feather
 
@@ -60,6 +62,24 @@ def test_alone_and_in_company_with_sizes_that_align_badly(tmp_path: pathlib.Path
             mine.step([e for e in found if e.member in company], rate=5e-3)
     for member in ("m0", "m1", "m2"):
         assert same_rows(rigs["m0", "m1", "m2"].row(member), rigs[(member,)].row(member)), member
+
+
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_alone_with_few_tokens_and_among_any_number_in_any_order(rig: Callable[..., Rig], tokens: int) -> None:
+    """Solo batches of 1 to 9 tokens: kernels for few rows would give other bits. One of the others is not finite."""
+    mine = [Example("m0", [7], [3 + s, *range(1, tokens)], [-2.0] * tokens, 0.5 - s) for s in range(2)]
+    alone = trained(rig(slots=1), [[e] for e in mine])
+    for number, others in enumerate((1, 4, 16)):
+        rng = np.random.default_rng([tokens, number])
+        names = [f"m{i + 1}" for i in range(others)]
+        steps = []
+        for s, own in enumerate(mine):
+            found = [*examples(names, each=2, vocab=96, seed=s), own]
+            found[0] = dataclasses.replace(found[0], advantage=math.nan)
+            steps.append([found[i] for i in rng.permutation(len(found))])
+        together = trained(rig(slots=others + 1), steps)
+        assert same_rows(alone.row("m0"), together.row("m0")), others
+        assert together.row("m1").step == 0 and alone.row("m0").step == 2
 
 
 def test_64_members_over_16_slots_equal_64_slots(example_model: BaseModel, tmp_path: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
 """Host memory for rows that are in no slot, and its bound.
 
 Rows go least recently used first. A row that its start would give again (a seed, a saved state) is only dropped; any
-other is written to the store before that, many in one segment, and read back from there. Rows whose gradient waits for
-a step stay. Pinned memory is what CUDA copies from beside the computation; torch rounds it up to a power of two.
+other is written to the store before that, many in one segment, and read back from there. Gradients that wait for a step
+stay. Pinned memory is what CUDA copies from beside the computation; torch rounds it up to a power of two.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class HostTier:
         """Have `nbytes` free without touching the rows of `keep`, nor of `leaving`, which are about to go to slots and
         no longer count.
 
-        Raises Overloaded when rows that must stay take the place, or what the store raises; then nothing was lost.
+        Raises Overloaded when gradients take the place, or what the store raises; then nothing was lost.
         """
         if not nbytes:
             return
@@ -129,7 +129,7 @@ class HostTier:
             if not victims:
                 raise Overloaded(
                     f"host memory: expected room for {nbytes} bytes of {self.capacity} (--host-memory), found "
-                    f"{self.used} taken by rows that wait for their step",
+                    f"{self.used} taken, {self._gradients} of it by gradients that wait for their step",
                     retry_after=5.0,
                 )
             unsaved = [v for v in victims if v.page.unsaved]
@@ -147,7 +147,7 @@ class HostTier:
         for held in self._alone.values():
             if size >= nbytes:
                 break
-            if not held.page.pending and held.page not in keep:
+            if held.page not in keep:
                 found.append(held)
                 size += held.nbytes
         return found
