@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import torch
+from megatron.core import parallel_state
 
 from allele.protocol.commands import LossSpec
 from allele_trainer.bank.rows import Bank, Row
@@ -61,10 +62,8 @@ class Trainee:
             report[self.members[slot]]["losses"].append(losses[slot])
 
 
-def main() -> None:
-    layout, base, out = json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
-    torch.set_num_threads(1)
-    ranks = initialise(Layout(**layout))
+def run(layout: Layout, base: pathlib.Path, out: pathlib.Path) -> None:
+    ranks = initialise(layout)
     model = build(base, ranks)
     by_shape: dict[str, list[str]] = {}
     for member in cohort.SPECS:
@@ -85,6 +84,13 @@ def main() -> None:
         found = logprobs(model, trainee.bank, trainee.samples(0), max_tokens=60)
         after.update({m: found[slot] for slot, m in enumerate(trainee.members)})
     torch.save({"rows": rows, "report": report, "logprobs": after}, out / f"{ranks.rank}.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for job in json.loads(sys.argv[1]):
+        run(Layout(**job["layout"]), pathlib.Path(job["base"]), pathlib.Path(job["out"]))
+        parallel_state.destroy_model_parallel()
 
 
 if __name__ == "__main__":

@@ -54,19 +54,38 @@ class Found:
     logprobs: list[list[float]]
 
 
-@pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[pathlib.Path, dict[str, Expected]]]:
-    """Base → its folder and what every member becomes; once for all layouts."""
-    known: dict[str, tuple[pathlib.Path, dict[str, Expected]]] = {}
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {model: write_base(folder / model, model=model, **sizes) for model, sizes in cohort.SIZES.items()}
 
-    def make(model: str) -> tuple[pathlib.Path, dict[str, Expected]]:
-        if model not in known:
-            folder = tmp_path_factory.mktemp(model)
-            base = write_base(folder / "base", model=model, **cohort.SIZES[model])
-            known[model] = base, {m: _expected(base, folder / m, m) for m in cohort.SPECS}
-        return known[model]
 
-    return make
+@pytest.fixture(scope="module")
+def expected(
+    bases: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Expected]]:
+    """Base → what every member becomes."""
+    folder = tmp_path_factory.mktemp("peft")
+    return {model: {m: _expected(base, folder / model / m, m) for m in cohort.SPECS} for model, base in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    bases: dict[str, pathlib.Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Found]]:
+    """Layout → what became of every member; all layouts of as many processes are run by one group of them."""
+    folder = tmp_path_factory.mktemp("layouts")
+    started: set[int] = set()
+
+    def of(name: str) -> dict[str, Found]:
+        model, layout = LAYOUTS[name]
+        if layout.processes not in started:
+            started.add(layout.processes)
+            same = {n: (m, one) for n, (m, one) in LAYOUTS.items() if one.processes == layout.processes}
+            _start(same, bases, folder, processes=layout.processes)
+        return _found(bases[model], layout, folder / name)
+
+    return of
 
 
 def _expected(base: pathlib.Path, folder: pathlib.Path, member: str) -> Expected:
@@ -81,9 +100,18 @@ def _expected(base: pathlib.Path, folder: pathlib.Path, member: str) -> Expected
     return Expected(twin.first, twin.row(), norms, logprobs)
 
 
-def _train(base: pathlib.Path, layout: Layout, out: pathlib.Path) -> dict[str, Found]:
-    arguments = [json.dumps(dataclasses.asdict(layout)), str(base), str(out)]
-    launch("tests.trainer.parallel.rank", arguments, processes=layout.processes, out=out)
+def _start(
+    layouts: dict[str, tuple[str, Layout]], bases: dict[str, pathlib.Path], folder: pathlib.Path, *, processes: int
+) -> None:
+    jobs = []
+    for name, (model, layout) in layouts.items():
+        (folder / name).mkdir()
+        settings = dataclasses.asdict(layout)
+        jobs.append({"layout": settings, "base": str(bases[model]), "out": str(folder / name)})
+    launch("tests.trainer.parallel.rank", [json.dumps(jobs)], processes=processes, out=folder)
+
+
+def _found(base: pathlib.Path, layout: Layout, out: pathlib.Path) -> dict[str, Found]:
     ranks: list[dict[str, Any]] = [torch.load(out / f"{r}.pt") for r in range(layout.processes)]
     found = {}
     for member in cohort.SPECS:
@@ -98,16 +126,12 @@ def _train(base: pathlib.Path, layout: Layout, out: pathlib.Path) -> dict[str, F
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_five_steps_equal_peft_for_every_member(
-    oracle: Callable[[str], tuple[pathlib.Path, dict[str, Expected]]],
-    tmp_path: pathlib.Path,
-    model: str,
-    layout: Layout,
+    expected: dict[str, dict[str, Expected]], trained: Callable[[str], dict[str, Found]], name: str
 ) -> None:
-    base, expected = oracle(model)
-    for member, found in _train(base, layout, tmp_path).items():
-        wanted = expected[member]
+    for member, found in trained(name).items():
+        wanted = expected[LAYOUTS[name][0]][member]
         scale = wanted.first.abs().max()
         assert (found.first - wanted.first).abs().max() < 5e-6 * scale, f"{member}: first gradient"
         for norms in found.norms:
