@@ -43,9 +43,15 @@ TRAIN = pa.schema(
         pa.field("completion", pa.list_(pa.int32())),
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("advantage", pa.float32()),
+        pa.field("experts", pa.list_(pa.int16())),
     ]
 )
-"""`POST /v1/forward_backward` of a trainer."""
+"""`POST /v1/forward_backward` of a trainer.
+
+`experts`, for a model that has them: those that the engine chose, of every token but the last, `[tokens − 1, layers,
+experts per token]` flattened; −1 where the engine does not know: there the trainer's router chooses and the token's
+loss does not count. Null where nothing is to be replayed.
+"""
 
 
 class Generate(Wire):
@@ -73,9 +79,11 @@ H = TypeVar("H", bound=BaseModel)
 
 
 def encode(header: BaseModel, schema: pa.Schema, columns: dict[str, list[object]]) -> bytes:
-    """One record batch as an IPC stream."""
+    """One record batch as an IPC stream; a column that is not given is null in every row."""
     schema = schema.with_metadata({_HEADER: header.model_dump_json().encode()})
-    batch = pa.record_batch([pa.array(columns[f.name], type=f.type) for f in schema], schema=schema)
+    rows = len(next(iter(columns.values())))
+    filled = [pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, f.type) for f in schema]
+    batch = pa.record_batch(filled, schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)

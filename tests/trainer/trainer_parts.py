@@ -32,6 +32,7 @@ class Example:
     completion: list[int]
     logprobs: list[float]
     advantage: float
+    experts: list[int] | None = None
 
     @property
     def inputs(self) -> int:

@@ -80,13 +80,13 @@ class PeftTwin:
         """exp_avg after the first step: the first gradient, clipped, times 1 − β₁."""
 
     def logprobs(self, prompt: Sequence[int], completion: Sequence[int], experts: Any = None) -> torch.Tensor:
-        """`experts`: `[tokens − 1, layers, k]` that the rollout chose."""
+        """`experts`: `[tokens − 1, layers, k]`, flat, that the rollout chose."""
+        ids = torch.tensor([[*prompt, *completion]])
         for layer, block in enumerate(self.blocks):
             block.forced = None
             if experts is not None:
-                chosen = torch.tensor(experts)[:, layer]
+                chosen = torch.tensor(experts).view(ids.shape[1] - 1, len(self.blocks), -1)[:, layer]
                 block.forced = F.pad(chosen, (0, 0, 0, 1), value=-1)  # the last token is only a target
-        ids = torch.tensor([[*prompt, *completion]])
         logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
@@ -104,9 +104,12 @@ class PeftTwin:
             optimizer.zero_grad()
             total = sum(len(e.completion) for e in found)
             for e in found:
-                logprobs = self.logprobs(e.prompt, e.completion, getattr(e, "experts", None))
+                logprobs = self.logprobs(e.prompt, e.completion, e.experts)
                 ratio = (logprobs - torch.tensor(e.logprobs)).exp()
                 gain = torch.minimum(ratio * e.advantage, ratio.clamp(0.8, 1.28) * e.advantage)
+                if e.experts is not None:  # tokens whose experts are not known do not count
+                    known = torch.tensor(e.experts).view(len(e.prompt) + len(e.completion) - 1, -1).amin(1) >= 0
+                    gain = gain * known[-len(e.completion) :]
                 (-gain.sum() / total).backward()
             for parameter in self.parameters.values():
                 if parameter.grad is None:  # an expert without tokens: ours is a row with zeros there, and decays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.trainer.trainer_parts import ALL, Example, adapter, examples
 
 STEPS = 5
 VOCAB = 97
+LAYERS = 2
 SPECS = {
     "all": adapter(rank=8, alpha=16),
     "same-shape": adapter(rank=8, alpha=4, scaling="RankStabilised"),
@@ -23,9 +25,10 @@ RULES = {m: c.OptimizerSpec(clip=0.05 if i % 2 else 100.0, weight_decay=0.1 * (i
 RATES = {m: 1e-4 * (i % 4 + 1) for i, m in enumerate(SPECS)}
 
 SIZES: dict[str, dict[str, object]] = {
-    "qwen3": {"vocab_size": VOCAB, "tie_word_embeddings": True},
+    "qwen3": {"vocab_size": VOCAB, "num_hidden_layers": LAYERS, "tie_word_embeddings": True},
     "qwen3_moe": {
         "vocab_size": VOCAB,
+        "num_hidden_layers": LAYERS,
         "moe_intermediate_size": 48,
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -45,8 +48,21 @@ def first_weights(found: AdapterShape, member: str) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.05, found.numel).astype(np.float32)
 
 
-def samples(step: int) -> Sequence[Example]:
-    return examples(SPECS, each=5, vocab=VOCAB, seed=step)
+REPLAYED = ("all", "rank-one")
+"""Members whose rollouts say which experts they used, where the base has experts; not for every token."""
+
+
+def samples(step: int, *, model: str) -> Sequence[Example]:
+    found = examples(SPECS, each=5, vocab=VOCAB, seed=step)
+    return [_routed(e, seed=step) if model == "qwen3_moe" and e.member in REPLAYED else e for e in found]
+
+
+def _routed(example: Example, *, seed: int) -> Example:
+    """Random experts, different ones for each token and layer; every fifth token's are not known."""
+    rng = np.random.default_rng([seed, *example.prompt, *example.completion])
+    experts = rng.random((example.inputs, LAYERS, 4)).argsort(-1)[..., :2]
+    experts[::5] = -1
+    return dataclasses.replace(example, experts=experts.ravel().tolist())
 
 
 assert set(SPECS["all"].targets) == set(ALL)

@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -41,8 +42,15 @@ class Trainee:
 
     def samples(self, number: int) -> list[Sample]:
         return [
-            Sample(self.members.index(e.member), e.prompt, e.completion, e.logprobs, e.advantage)
-            for e in cohort.samples(number)
+            Sample(
+                self.members.index(e.member),
+                e.prompt,
+                e.completion,
+                e.logprobs,
+                e.advantage,
+                None if e.experts is None else np.array(e.experts, np.int16).reshape(e.inputs, cohort.LAYERS, -1),
+            )
+            for e in cohort.samples(number, model=self.model.config.raw["model_type"])
             if e.member in self.members
         ]
 

@@ -66,7 +66,9 @@ def expected(
 ) -> dict[str, dict[str, Expected]]:
     """Base → what every member becomes."""
     folder = tmp_path_factory.mktemp("peft")
-    return {model: {m: _expected(base, folder / model / m, m) for m in cohort.SPECS} for model, base in bases.items()}
+    return {
+        model: {m: _expected(model, base, folder / model / m, m) for m in cohort.SPECS} for model, base in bases.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +90,14 @@ def trained(
     return of
 
 
-def _expected(base: pathlib.Path, folder: pathlib.Path, member: str) -> Expected:
+def _expected(model: str, base: pathlib.Path, folder: pathlib.Path, member: str) -> Expected:
     shape = cohort.shape(json.loads((base / "config.json").read_text()), member)
     packed = shape.pack(cohort.first_weights(shape, member))
     twin = PeftTwin(base, shape, packed, cohort.SPECS[member], folder)
-    steps = [[e for e in cohort.samples(n) if e.member == member] for n in range(cohort.STEPS)]
+    steps = [[e for e in cohort.samples(n, model=model) if e.member == member] for n in range(cohort.STEPS)]
     norms = twin.train(steps, rate=cohort.RATES[member], rule=cohort.RULES[member])
     with torch.no_grad():
-        logprobs = torch.cat([twin.logprobs(e.prompt, e.completion) for e in steps[0]]).tolist()
+        logprobs = torch.cat([twin.logprobs(e.prompt, e.completion, e.experts) for e in steps[0]]).tolist()
     assert twin.first is not None
     return Expected(twin.first, twin.row(), norms, logprobs)
 

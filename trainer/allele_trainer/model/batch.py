@@ -97,4 +97,5 @@ def to_device(
         targets=tensor(packed.targets),
         plan=plan,
         carried=carried,
+        routing=None if packed.routing is None else tensor(packed.routing).long(),
     )

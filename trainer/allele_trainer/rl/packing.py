@@ -32,6 +32,8 @@ class Sample:
     completion: Sequence[int]
     logprobs: Sequence[float] = ()
     advantage: float = 0.0
+    experts: npt.NDArray[np.int16] | None = None
+    """`[inputs, layers, k]` that the rollout chose; −1 where the router is to choose."""
 
     @property
     def inputs(self) -> int:
@@ -63,6 +65,10 @@ class Packed:
     """`[n]` slot of each target."""
     logprobs: Floats
     advantages: Floats
+    routing: npt.NDArray[np.int16] | None
+    """`[layers, T, k]` experts, −1 where the router chooses; None when it chooses everywhere."""
+    unknown: npt.NDArray[np.bool_]
+    """`[n]` targets predicted from a token whose experts in the rollout are not known: their loss does not count."""
 
 
 def width(length: int) -> int:
@@ -155,7 +161,30 @@ def pack(samples: Sequence[Sample]) -> Packed:
         owners=np.repeat(slots, answers),
         logprobs=_flat((s.logprobs for s in samples), np.float32),
         advantages=np.repeat(np.array([s.advantage for s in samples], np.float32), answers),
+        routing=_routing(samples, size),
+        unknown=_flat((_unknown(s) for s in samples), np.bool_),
     )
+
+
+def _routing(samples: Sequence[Sample], size: int) -> npt.NDArray[np.int16] | None:
+    """Padding goes to the first experts: any choice will do, but one expert twice would not."""
+    given = next((s.experts for s in samples if s.experts is not None), None)
+    if given is None:
+        return None
+    _, layers, k = given.shape
+    unknown = np.full((1, layers, k), -1, np.int16)
+    parts = [np.repeat(unknown, s.inputs, axis=0) if s.experts is None else s.experts for s in samples]
+    rest = size - sum(s.inputs for s in samples)
+    padding = np.broadcast_to(np.arange(k, dtype=np.int16), (rest, layers, k))
+    return np.ascontiguousarray(np.concatenate([*parts, padding]).transpose(1, 0, 2))
+
+
+def _unknown(sample: Sample) -> Sequence[bool]:
+    """Per completion token."""
+    if sample.experts is None:
+        return [False] * len(sample.completion)
+    inputs = sample.experts[-len(sample.completion) :]
+    return [bool(token.min() < 0) for token in inputs]
 
 
 def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:

@@ -63,6 +63,7 @@ def train(
         old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
         token = LOSSES[loss.kind](found, old, advantages, loss)
         weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
+        weight[torch.as_tensor(packed.unknown)] = 0
         for slot, some in _sums(packed, token, weight=weight, gap=(found.detach() - old).abs()).items():
             sums.setdefault(slot, Sums()).add(some)
         return (token.loss * weight).sum()

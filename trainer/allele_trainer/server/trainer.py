@@ -122,8 +122,8 @@ class Trainer:
 
     def begin(self, command: c.ForwardBackward, batch: pa.Table) -> Work:
         """Validate a forward_backward and cut it into units for `train`; nothing is computed yet."""
-        run, config = self._run(command.header), self.model.config
-        samples = read_samples(batch, members=run.admitted, vocab=config.vocab, context=config.context)
+        run = self._run(command.header)
+        samples = read_samples(batch, members=run.admitted, config=self.model.config)
         work = work_of(command, samples, run.tables, max_tokens=self.limits.max_tokens)
         for member in work.sums:
             run.tables[member].page(Key(command.header.run, member)).pending = True
@@ -151,7 +151,9 @@ class Trainer:
             slots = table.resident([p.key for p in some], gradients=True)
             order = sorted(zip(slots, some, strict=True), key=lambda pair: pair[0])
             samples = [
-                Sample(slot, s.prompt, s.completion, s.logprobs, s.advantage) for slot, p in order for s in p.samples
+                Sample(slot, s.prompt, s.completion, s.logprobs, s.advantage, s.experts)
+                for slot, p in order
+                for s in p.samples
             ]
             weights = {slot: p.work.weights[p.key.member] for slot, p in order}
             sums = train(self.model, table.bank, samples, loss=loss, weights=weights)
