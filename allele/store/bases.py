@@ -2,7 +2,7 @@
 
 A base is named by the digest of its files: sha256 over the sorted lines `<sha256>  <name>`. Files stream in both
 directions, never whole in memory. The manifest is written last, so a base without one does not exist; an interrupted
-put or fetch goes on where it stopped. A fetched folder carries a marker with its digest, written last, so that a
+put or fetch goes on where it stopped. A fetched folder carries a marker, the manifest itself, written last, so that a
 restarted pod starts at once.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,16 +107,26 @@ def fetch(store: Objects, name: str, directory: str | Path, *, digest: str | Non
     if wanted.digest != _digest(wanted.files):
         raise BaseMismatch(f"base {name}: manifest says {wanted.digest}, its files give {_digest(wanted.files)}")
     marker = target / MARKER
-    if _marked(marker, wanted, target):
+    marked = _marker(target)
+    if marked and marked.digest == wanted.digest and _has_files(target, wanted):
         return wanted
     target.mkdir(parents=True, exist_ok=True)
     folder = _folder(store, name)
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
         list(pool.map(lambda f: _download(folder, f, target), wanted.files))
     temporary = marker.with_name(MARKER + _PARTIAL)
-    temporary.write_text(json.dumps({"digest": wanted.digest}) + "\n")
+    temporary.write_text(wanted.model_dump_json() + "\n")
     temporary.replace(marker)
     return wanted
+
+
+def check(directory: str | Path, wanted: str) -> None:
+    """Raises BaseMismatch unless a folder is the base of this digest; one that `fetch` marked is not hashed again."""
+    folder = Path(directory)
+    marked = _marker(folder)
+    found = marked.digest if marked and _has_files(folder, marked) else digest(folder)
+    if found != wanted:
+        raise BaseMismatch(f"{folder}: expected the base {wanted}, found {found}; fetch the base that was asked for")
 
 
 def _folder(store: Objects, name: str) -> Objects:
@@ -180,12 +189,14 @@ def _inside(target: Path, name: str) -> Path:
     return path
 
 
-def _marked(marker: Path, wanted: BaseManifest, target: Path) -> bool:
-    """Whether the folder was fetched completely before; sizes are compared, contents are not hashed again."""
+def _marker(folder: Path) -> BaseManifest | None:
     try:
-        said = json.loads(marker.read_text())["digest"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-    return said == wanted.digest and all(
-        (path := target / f.name).is_file() and path.stat().st_size == f.size for f in wanted.files
-    )
+        found = BaseManifest.model_validate_json((folder / MARKER).read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return found if found.digest == _digest(found.files) else None
+
+
+def _has_files(folder: Path, base: BaseManifest) -> bool:
+    """Whether its files are there; sizes are compared, contents are not hashed again."""
+    return all((path := folder / f.name).is_file() and path.stat().st_size == f.size for f in base.files)

@@ -63,6 +63,24 @@ def test_a_fetched_base_is_not_fetched_again(
     assert reads == ["config.json"]
 
 
+def test_a_folder_that_is_another_base_than_was_asked_for_is_told(
+    objects: Objects, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = bases.put(objects, "tiny", folder).digest
+    bases.check(folder, wanted)  # without a marker: hashed
+    fetched = tmp_path / "out"
+    bases.fetch(objects, "tiny", fetched)
+    with monkeypatch.context() as patch:
+        patch.setattr(bases, "_sha256", lambda path: pytest.fail(f"{path} was hashed again"))
+        bases.check(fetched, wanted)
+    with pytest.raises(BaseMismatch, match=f"expected the base sha256:other, found {wanted}"):
+        bases.check(fetched, "sha256:other")
+    with (fetched / "model.safetensors").open("ab") as file:
+        file.write(b"more")  # the marker no longer says what is there
+    with pytest.raises(BaseMismatch, match=f"expected the base {wanted}, found sha256:"):
+        bases.check(fetched, wanted)
+
+
 def test_an_interrupted_fetch_goes_on_where_it_stopped(
     objects: Objects, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
