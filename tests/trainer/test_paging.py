@@ -184,6 +184,23 @@ def test_when_the_store_takes_no_rows_nothing_is_lost(
     assert equal(mine, all_in)
 
 
+def test_a_row_that_lies_in_host_memory_beside_its_slot_is_kept_when_it_leaves_the_slot(
+    rig: Callable[..., Rig],
+) -> None:
+    mine = begin(rig(slots=2))
+    for member in ("m0", "m4"):
+        mine.step([e for e in STEPS[0] if e.member == member], rate=5e-3)
+    mine.admit("m2", "m3")  # m0 and m4 are in host memory
+    mine.step([e for e in STEPS[0] if e.member == "m1"], rate=5e-3)
+    mine.admit("m0", "m1")  # m0 is in a slot as well, m1 in a slot alone
+    before = {m: mine.row(m) for m in ("m0", "m1", "m4")}
+    host = mine.trainer.host
+    host.capacity = host.used + row_bytes(mine) * 2 // 3
+    mine.trainer.evict(c.Evict(header=mine.header(), members=("m0", "m1")))
+    assert host.spilled > 0
+    assert all(same_rows(mine.row(m), before[m]) and before[m].step == 1 for m in before)
+
+
 def test_host_memory_that_holds_no_row_refuses_the_reset(rig: Callable[..., Rig]) -> None:
     with pytest.raises(
         InvalidRequest, match=r"host memory: expected at least \d+ bytes for one adapter of rank 8, found"

@@ -6,12 +6,13 @@ import argparse
 import logging
 import os
 import pathlib
+import signal
 
 import torch
 from aiohttp import web
 from ulid import ULID
 
-from allele.store import PopulationStore
+from allele.store import PopulationStore, bases
 from allele_trainer.bank.host import free_memory
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import Layout, initialise
@@ -42,7 +43,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", type=pathlib.Path, required=True, help="folder of the base model (Hugging Face files)"
     )
-    parser.add_argument("--base-digest", required=True, help="digest that `allele base fetch` checked, told to drivers")
+    parser.add_argument(
+        "--base-digest", required=True, help="digest of the base's files (`allele base fetch`): another base is refused"
+    )
     parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
     parser.add_argument(
         "--slots",
@@ -115,6 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     logs.configure()
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the ranks of a node see one folder
+        bases.check(args.base, args.base_digest)
     layout = Layout(
         tp=args.tp,
         pp=args.pp,
@@ -137,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     if model.ranks.rank == 0:
         web.run_app(server.app(), host=host, port=int(port), access_log=None, print=None)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 gets one too, and ends the loop when it has answered
         server.follow()
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from allele.protocol import commands as c
 from allele.protocol.errors import DigestMismatch, UnknownIncarnation
+from allele.store import bases
 from allele_trainer.model.build import BaseModel
 from tests.trainer.trainer_parts import NAMESPACE, POPULATION, Rig, adapter, examples, same_rows, start
 from tests.trainer.wire_client import Client
@@ -40,7 +41,7 @@ class Service:
         self.log = log
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["--max-restarts", "1", "-m", "allele_trainer", "--tp", "2", "--base", str(base)]
-        command += ["--base-digest", "sha256:base", "--store", f"file://{store}", "--slots", "2"]
+        command += ["--base-digest", bases.digest(base), "--store", f"file://{store}", "--slots", "2"]
         command += ["--host-memory", "150000", "--listen", f"127.0.0.1:{self.port}"]
         with log.open("w") as out:
             self.process = subprocess.Popen(
@@ -168,3 +169,7 @@ async def test_two_ranks_serve_as_one_and_begin_anew_together(
         await checked_refusal(client, rig)
         await checked_training(client, rig)
         await checked_loss_of_a_rank(service, session, client, rig)
+    ranks = service.ranks()
+    service.process.send_signal(signal.SIGTERM)
+    psutil.wait_procs(ranks, timeout=20)
+    assert "the thread that executes commands ended" not in service.log.read_text().split(client.incarnation)[-1]
