@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from allele.store import BaseMismatch, bases
+from allele_trainer.__main__ import main
 from allele_trainer.model.batch import to_device
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.model.config import UnsupportedBase, check_layout, read_config
@@ -141,3 +143,9 @@ def test_a_layout_over_which_the_model_does_not_divide_is_refused(
     folder = write_base(tmp_path / "base", model=model, **(MIXTURE if model == "qwen3_moe" else {}))
     with pytest.raises(UnsupportedLayout, match=message):
         check_layout(read_config(folder), layout)
+
+
+def test_a_trainer_refuses_another_base_than_it_was_told(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = ["--base", str(base), "--base-digest", "sha256:other", "--store", f"file://{tmp_path}"]
+    with pytest.raises(BaseMismatch, match=rf"expected the base sha256:other, found {bases.digest(base)}"):
+        main(arguments)
