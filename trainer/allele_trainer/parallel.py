@@ -198,6 +198,9 @@ def initialise(layout: Layout | None = None) -> Ranks:
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        # With two stages the neighbours of a stage are one rank; Megatron mixes up what they send, without an error.
+        raise UnsupportedLayout("pipeline: expected one range of layers per rank, found interleaved (virtual) stages")
     wanted = layout.tp, layout.pp, layout.ep
     if found != wanted:
         raise UnsupportedLayout(f"tp, pp, ep: expected {found}, as this process was started with, found {wanted}")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core import parallel_state
 
 from allele.format import AdapterShape
 from allele.format.shape import TARGETS
 from allele_trainer.bank.layout import blocks
 from allele_trainer.bank.shard import LayoutError, Place, Shard
-from allele_trainer.parallel import Layout, UnsupportedLayout
+from allele_trainer.parallel import Layout, UnsupportedLayout, initialise
 
 
 def shape(*, layers: int, experts: int, rank: int, targets: list[str]) -> AdapterShape:
@@ -128,3 +129,18 @@ def test_an_unknown_tensor_and_a_torn_group_are_refused_by_name() -> None:
     interleaved = dataclasses.replace(found, tensors=(first, rest[1], rest[0], *rest[2:]))
     with pytest.raises(LayoutError, match=r"k_proj\.lora_A: expected"):
         blocks(Shard(interleaved))
+
+
+def test_interleaved_stages_and_other_sizes_than_at_the_start_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    initialise()
+    with pytest.raises(UnsupportedLayout, match=r"tp × pp × dp = 2 × 1 × 1: expected 2 processes .*, found 1"):
+        initialise(Layout(tp=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        UnsupportedLayout, match=r"expected \(1, 1, 1\), as this process was started with, found \(2, 1"
+    ):
+        initialise(Layout(tp=2))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", 2)
+    with pytest.raises(UnsupportedLayout, match="interleaved"):
+        initialise()

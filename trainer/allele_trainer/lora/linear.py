@@ -66,12 +66,12 @@ class AdaptedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.inner = inner
-        self._site, self._outputs, self._assemble, self._crossing = site, outputs, assemble, crossing
+        self.site, self._outputs, self._assemble, self._crossing = site, outputs, assemble, crossing
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         y, bias = self.inner(x, *args, **kwargs)
         plan = current()
-        stack = plan.bank.stacks.get(self._site) if plan is not None else None
+        stack = plan.bank.stacks.get(self.site) if plan is not None else None
         if plan is None or stack is None:
             return y, bias
         delta = self._delta(x.reshape(-1, x.shape[-1]), stack=stack, plan=plan)
@@ -84,7 +84,7 @@ class AdaptedLinear(nn.Module):
             before=plan.local if self._crossing.local_a else plan,
             after=plan.local if self._crossing.local_b else plan,
             through=self._crossing.through,
-            outputs=dict(zip(GROUPS[self._site[1]], self._outputs, strict=True)),
+            outputs=dict(zip(GROUPS[self.site[1]], self._outputs, strict=True)),
             assemble=self._assemble,
         )
 

@@ -124,6 +124,12 @@ class GroupedExperts(MegatronModule):
         }
         self.layer = 0
 
+    @property
+    def sites(self) -> list[tuple[int, str]]:
+        """(layer, linear) of each expert's linears, all of which take adapters."""
+        experts = range(self._first, self._first + self.fc1.shape[0])
+        return [(self.layer, linear_name(name, expert)) for expert in experts for name in self._outputs]
+
     def forward(self, tokens: Tensor, counts: list[int], weights: Tensor, carried: Carried | None) -> Tensor:
         """tokens `[n, h]` ordered by expert, `counts` of them each, weights `[n]` → `[n, h]`."""
         order = padded_order(counts, carried.owners if carried else None, device=tokens.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +17,21 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from allele_trainer.bank.layout import blocks
+from allele_trainer.bank.shard import Shard
+from allele_trainer.lora.linear import AdaptedLinear
 from allele_trainer.model.batch import PackedBatch
 from allele_trainer.model.config import BaseConfig
+from allele_trainer.model.experts import GroupedExperts
 from allele_trainer.model.logprobs import target_logprobs
 from allele_trainer.model.packed import PackedGPTModel
 from allele_trainer.parallel import Ranks
 
 Item = TypeVar("Item")
+
+
+class Unbound(Exception):
+    """An adapter would have tensors that no linear of this rank reads: it would train in part, or not at all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,27 @@ class BaseModel:
     @property
     def last_stage(self) -> bool:
         return bool(self.gpt.post_process)
+
+    @functools.cached_property
+    def sites(self) -> frozenset[tuple[int, str]]:
+        """(layer, linear) of every linear of this rank that takes an adapter."""
+        found: set[tuple[int, str]] = set()
+        for module in self.gpt.modules():
+            if isinstance(module, AdaptedLinear):
+                found.add(module.site)
+            elif isinstance(module, GroupedExperts):
+                found.update(module.sites)
+        return frozenset(found)
+
+    def bind(self, shard: Shard) -> None:
+        """Raises Unbound unless this rank has a linear for each tensor of its part of the adapter, and a part."""
+        wanted = blocks(shard).keys()
+        missing = sorted(wanted - self.sites)
+        if missing or not wanted:
+            raise Unbound(
+                f"adapter on {', '.join(shard.shape.targets)}: expected a linear on this rank for each of "
+                f"{len(wanted)} (layer, linear), found none for {missing or 'any'}"
+            )
 
     def logprobs(self, batch: PackedBatch, targets: Tensor) -> Tensor:
         """fp32 `[n]` log-probabilities of `targets` under the first n rows; where there is one stage."""

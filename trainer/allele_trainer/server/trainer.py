@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
 from allele_trainer.server import segments
-from allele_trainer.server.shares import Unit
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.work import Part, Work, work_of
 
@@ -128,11 +126,6 @@ class Trainer:
         for member in work.sums:
             run.tables[member].page(Key(command.header.run, member)).pending = True
         return work
-
-    def fits(self, units: Sequence[Unit[Part]]) -> bool:
-        """Whether these may share a micro-batch."""
-        members = collections.Counter(id(u.work.table) for u in units)
-        return max(members.values()) <= self.limits.wave
 
     def train(self, parts: Sequence[Part]) -> None:
         """One micro-batch, of any runs: add gradients to its members' rows and sums to their work.
@@ -303,9 +296,10 @@ class Trainer:
     def _table(self, shape: AdapterShape) -> PageTable:
         """The bank of a shape, made when its first member appears."""
         if shape.digest not in self._tables:
-            slots = self.limits.slots
+            slots, shard = self.limits.slots, Shard(shape, self.ranks.place)
+            self.model.bind(shard)
             bank = Bank(
-                Shard(shape, self.ranks.place),
+                shard,
                 slots=slots,
                 gradients=self.limits.wave,
                 probes=min(slots, PROBE_ROWS),
