@@ -12,13 +12,13 @@ sizes = st.lists(st.integers(1, 130), min_size=1, max_size=25)
 runs = st.dictionaries(st.sampled_from("abcde"), sizes, min_size=1)
 
 
-def units_of(run: str, tokens: list[int], members: int = 4) -> list[Unit[int]]:
-    return [Unit((run, i % members), n, i) for i, n in enumerate(tokens)]
+def units_of(run: str, tokens: list[int], members: int = 2) -> list[Unit[int]]:
+    return [Unit((run, i % members), run in "ab", n, i) for i, n in enumerate(tokens)]
 
 
-def drained(shares: Shares[int], most_units: int = 1 << 20) -> list[list[tuple[str, Unit[int]]]]:
+def drained(shares: Shares[int]) -> list[list[tuple[str, Unit[int]]]]:
     found = []
-    while batch := shares.next(fits=lambda units: len(units) <= most_units):
+    while batch := shares.next():
         found.append(batch)
     return found
 
@@ -26,17 +26,18 @@ def drained(shares: Shares[int], most_units: int = 1 << 20) -> list[list[tuple[s
 @given(runs, st.integers(1, 6), st.sets(st.sampled_from("abcde")), st.sets(st.sampled_from("abcde")))
 @settings(deadline=None)
 def test_every_unit_runs_once_in_its_runs_order_within_the_limits(
-    found: dict[str, list[int]], most_units: int, single: set[str], alone: set[str]
+    found: dict[str, list[int]], most_members: int, single: set[str], alone: set[str]
 ) -> None:
-    shares: Shares[int] = Shares(max_tokens=MOST)
+    shares: Shares[int] = Shares(max_tokens=MOST, max_members=most_members)
     for run, tokens in found.items():
         shares.add(run, units_of(run, tokens), mode="OneByOne" if run in single else "Batched", alone=run in alone)
-    batches = drained(shares, most_units)
+    batches = drained(shares)
     for run, tokens in found.items():
         assert [u.work for b in batches for r, u in b if r == run] == list(range(len(tokens)))
     for batch in batches:
         members = [u.member for _, u in batch]
-        assert len(set(members)) == len(members) <= most_units
+        assert len(set(members)) == len(members)
+        assert all(sum(u.bank == bank for _, u in batch) <= most_members for bank in (True, False))
         assert sum(u.tokens for _, u in batch) <= MOST or len(batch) == 1
         present = {r for r, _ in batch}
         assert len(batch) == 1 or not present & single
@@ -47,22 +48,22 @@ def test_every_unit_runs_once_in_its_runs_order_within_the_limits(
 @given(st.lists(st.integers(1, MOST), min_size=10, max_size=20), st.integers(4, 40), st.integers(1, 4))
 @settings(deadline=None, max_examples=50)
 def test_a_run_with_work_gets_as_much_as_those_with_endless_work(tokens: list[int], other: int, others: int) -> None:
-    shares: Shares[int] = Shares(max_tokens=MOST)
+    shares: Shares[int] = Shares(max_tokens=MOST, max_members=1000)
     for name in "bcde"[:others]:
         shares.add(name, units_of(name, [other] * 1000, members=1000))
     for _ in range(5):
-        shares.next(fits=lambda _: True)
+        shares.next()
     shares.add("a", units_of("a", tokens, members=20))
     got = dict.fromkeys("abcde"[: others + 1], 0)
     while got["a"] < sum(tokens):
-        for run, unit in shares.next(fits=lambda _: True):
+        for run, unit in shares.next():
             got[run] += unit.tokens
         # in arrears by what it may have been owed (one micro-batch) and by a unit that did not fit
         assert got["a"] == sum(tokens) or got["a"] >= sum(got.values()) / len(got) - 2 * MOST
 
 
 def test_runs_take_turns_with_units_that_fill_a_micro_batch() -> None:
-    shares: Shares[int] = Shares(max_tokens=MOST)
+    shares: Shares[int] = Shares(max_tokens=MOST, max_members=1000)
     for name in "abc":
         shares.add(name, units_of(name, [MOST] * 4))
     order = [batch[0][0] for batch in drained(shares)]

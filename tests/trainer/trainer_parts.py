@@ -89,9 +89,9 @@ class Rig:
     ) -> Mapping[str, c.MemberLoss]:
         command = c.ForwardBackward(header=self.header(run), loss=c.LossSpec())
         work = self.trainer.begin(*wire.decode(batch(command, found), c.ForwardBackward, wire.TRAIN))
-        shares: Shares[Part] = Shares(max_tokens=self.trainer.limits.max_tokens)
+        shares: Shares[Part] = Shares(max_tokens=self.trainer.limits.max_tokens, max_members=self.trainer.limits.wave)
         shares.add(run, work.units, mode=mode)
-        while units := shares.next(fits=self.trainer.fits):
+        while units := shares.next():
             self.trainer.train([u.work for _, u in units])
         return work.done().members
 

@@ -76,7 +76,7 @@ class Executor:
         self._arrivals: queue.SimpleQueue[Arrival | None] = queue.SimpleQueue()
         self._waiting = 0
         self._lock = threading.Lock()
-        self._shares: Shares[Part] = Shares(max_tokens=trainer.limits.max_tokens)
+        self._shares: Shares[Part] = Shares(max_tokens=trainer.limits.max_tokens, max_members=trainer.limits.wave)
         self._relay = Relay(trainer.ranks)
         self._cost = CostModel(max_tokens=trainer.limits.max_tokens, padded_to=PAD)
         self._passes: dict[str, _Pass] = {}
@@ -154,7 +154,7 @@ class Executor:
         for arrival in arrived:
             self._execute(arrival)
         if self._shares:
-            self._micro_batch_of(self._shares.next(fits=self._trainer.fits))
+            self._micro_batch_of(self._shares.next())
         self._metrics.observe(self._trainer, runs=len(self._sessions.epochs))
 
     def _arrived(self) -> list[Arrival | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 from allele.protocol.commands import Mode
@@ -23,6 +23,8 @@ class Unit(Generic[T]):
     """Of one member; two units of a member never share a micro-batch, because their gradients add up in order."""
 
     member: Hashable
+    bank: Hashable
+    """What bounds the members of a micro-batch: each bank takes so many."""
     tokens: int
     work: T
 
@@ -38,9 +40,9 @@ class _Queue(Generic[T]):
 class Shares(Generic[T]):
     """Queues of units by run."""
 
-    def __init__(self, *, max_tokens: int) -> None:
-        """`max_tokens` of a micro-batch; one unit that is larger goes alone."""
-        self._most = max_tokens
+    def __init__(self, *, max_tokens: int, max_members: int) -> None:
+        """Of a micro-batch: its tokens, though one unit that is larger goes alone, and its members of each bank."""
+        self._most, self._members = max_tokens, max_members
         self._queues: collections.OrderedDict[str, _Queue[T]] = collections.OrderedDict()
 
     def __bool__(self) -> bool:
@@ -53,14 +55,13 @@ class Shares(Generic[T]):
     def remove(self, run: str) -> None:
         self._queues.pop(run, None)
 
-    def next(self, *, fits: Callable[[list[Unit[T]]], bool]) -> list[tuple[str, Unit[T]]]:
-        """The next micro-batch, or nothing when no run waits. `fits` says whether the device takes these units at once;
-        it must take any single one."""
+    def next(self) -> list[tuple[str, Unit[T]]]:
+        """The next micro-batch, or nothing when no run waits."""
         if not self._queues:
             return []
         first = self._first()
         queue = self._queues[first]
-        picked = _Picked(self._most, fits)
+        picked: _Picked[T] = _Picked(self._most, self._members)
         if queue.mode == "OneByOne":
             picked.take(first, queue)
         elif queue.alone:
@@ -89,10 +90,11 @@ class Shares(Generic[T]):
 class _Picked(Generic[T]):
     """A micro-batch while it is put together."""
 
-    def __init__(self, most: int, fits: Callable[[list[Unit[T]]], bool]) -> None:
+    def __init__(self, tokens: int, members: int) -> None:
         self.units: list[tuple[str, Unit[T]]] = []
-        self._room, self._fits = most, fits
+        self._room, self._most = tokens, members
         self._members: set[Hashable] = set()
+        self._of_bank: collections.Counter[Hashable] = collections.Counter()
 
     def fill(self, run: str, queue: _Queue[T], *, limit: float | None) -> None:
         """Take units in order while there is room, and while the run's deficit lasts if `limit` says so."""
@@ -100,9 +102,8 @@ class _Picked(Generic[T]):
             unit = queue.units[0]
             if self.units:
                 within = unit.tokens <= self._room and (limit is None or unit.tokens <= queue.deficit)
-                if not within or unit.member in self._members:
-                    return
-                if not self._fits([u for _, u in self.units] + [unit]):
+                full = self._of_bank[unit.bank] >= self._most
+                if full or not within or unit.member in self._members:
                     return
             self.take(run, queue)
 
@@ -111,4 +112,5 @@ class _Picked(Generic[T]):
         self._room -= unit.tokens
         queue.deficit -= unit.tokens
         self._members.add(unit.member)
+        self._of_bank[unit.bank] += 1
         self.units.append((run, unit))

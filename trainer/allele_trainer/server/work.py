@@ -63,5 +63,5 @@ def work_of(
             if number < len(units):
                 key = Key(command.header.run, member)
                 part = Part(work, key, tables[member], units[number])
-                work.units.append(Unit(key, sum(s.inputs for s in units[number]), part))
+                work.units.append(Unit(key, id(part.table), sum(s.inputs for s in units[number]), part))
     return work
