@@ -12,6 +12,9 @@ from allele.protocol import commands as c
 from tests.trainer.trainer_parts import ALL, Example, adapter, examples
 
 STEPS = 5
+SAVED = 3
+"""Steps after which rows are saved, for another layout to go on."""
+
 VOCAB = 97
 LAYERS = 2
 SPECS = {

@@ -15,7 +15,7 @@ class RankFailed(Exception):
     """A process ended with an error; the others were ended too."""
 
 
-def launch(module: str, arguments: Sequence[str], *, processes: int, out: pathlib.Path, timeout: float = 240) -> None:
+def launch(module: str, arguments: Sequence[str], *, processes: int, out: pathlib.Path, timeout: float = 400) -> None:
     """Run `python -m module arguments` in each process; raises RankFailed with the end of a failed one's output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

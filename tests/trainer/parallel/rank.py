@@ -5,6 +5,7 @@ python -m tests.trainer.parallel.rank '{"tp": 2}' BASE OUT     with torchrun's e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
+from allele.format import AdapterShape
 from allele.protocol.commands import LossSpec
 from allele_trainer.bank.rows import Bank, Row
 from allele_trainer.bank.shard import Shard
@@ -23,6 +25,8 @@ from allele_trainer.parallel import Layout, initialise
 from allele_trainer.rl.packing import Sample, micro_batches
 from allele_trainer.rl.passes import logprobs, train
 from tests.trainer.parallel import cohort
+
+PARTS = ("weights", "exp_avg", "exp_avg_sq")
 
 
 class Trainee:
@@ -70,7 +74,23 @@ class Trainee:
             report[self.members[slot]]["losses"].append(losses[slot])
 
 
-def run(layout: Layout, base: pathlib.Path, out: pathlib.Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Rows that the ranks of some layout saved after `cohort.SAVED` steps."""
+
+    layout: Layout
+    out: pathlib.Path
+
+    def whole(self, member: str, shape: AdapterShape) -> Row:
+        parts = {name: torch.full((shape.numel,), torch.nan) for name in PARTS}
+        for rank in range(self.layout.processes):
+            rows = torch.load(self.out / f"saved-{rank}.pt")[member]
+            for name, whole in parts.items():
+                Shard(shape, self.layout.place(rank)).put(rows[name], whole)
+        return Row(**parts, step=cohort.SAVED)
+
+
+def run(layout: Layout, base: pathlib.Path, out: pathlib.Path, saved: Saved | None) -> None:
     ranks = initialise(layout)
     model = build(base, ranks)
     by_shape: dict[str, list[str]] = {}
@@ -78,15 +98,21 @@ def run(layout: Layout, base: pathlib.Path, out: pathlib.Path) -> None:
         by_shape.setdefault(cohort.shape(model.config.raw, member).digest, []).append(member)
     trainees = [Trainee(model, members) for members in by_shape.values()]
     report: dict[str, dict[str, list[float]]] = {m: {"norms": [], "losses": []} for m in cohort.SPECS}
-    rows: dict[str, dict[str, torch.Tensor]] = {}
-    for number in range(cohort.STEPS):
+    rows: dict[str, dict[str, torch.Tensor]] = {m: {} for m in cohort.SPECS}
+    for trainee in trainees if saved else ():
+        for slot, member in enumerate(trainee.members):
+            trainee.store(slot, member, saved.whole(member, trainee.shard.shape))
+    for number in range(cohort.SAVED if saved else 0, cohort.STEPS):
         for trainee in trainees:
             trainee.step(number, report)
             for slot, member in enumerate(trainee.members):
                 row = trainee.bank.load(slot)
                 if number == 0:
-                    rows[member] = {"first": row.exp_avg}
-                rows[member] |= {"weights": row.weights, "exp_avg": row.exp_avg, "exp_avg_sq": row.exp_avg_sq}
+                    rows[member]["first"] = row.exp_avg
+                rows[member] |= {name: getattr(row, name) for name in PARTS}
+        if number + 1 == cohort.SAVED:
+            torch.save(rows, out / f"saved-{ranks.rank}.pt")
+            torch.distributed.barrier()
     after = {}
     for trainee in trainees:
         found = logprobs(model, trainee.bank, trainee.samples(0), max_tokens=60)
@@ -97,7 +123,13 @@ def run(layout: Layout, base: pathlib.Path, out: pathlib.Path) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(sys.argv[1]):
-        run(Layout(**job["layout"]), pathlib.Path(job["base"]), pathlib.Path(job["out"]))
+        saved = job.get("saved")
+        run(
+            Layout(**job["layout"]),
+            pathlib.Path(job["base"]),
+            pathlib.Path(job["out"]),
+            saved and Saved(Layout(**saved["layout"]), pathlib.Path(saved["out"])),
+        )
         parallel_state.destroy_model_parallel()
 
 

@@ -30,8 +30,20 @@ LAYOUTS = {
     "tp2 × pp2": ("qwen3", Layout(tp=2, pp=2, sequence_parallel=True, recompute=True)),
     "ep2": ("qwen3_moe", Layout(dp=2, ep=2, recompute=True)),
     "experts over tensor ranks": ("qwen3_moe", Layout(tp=2, ep=2, sequence_parallel=True)),
+    "every expert on both tensor ranks": ("qwen3_moe", Layout(tp=2, sequence_parallel=True)),
     "experts on a pipeline": ("qwen3_moe", Layout(pp=2)),
 }
+
+RESUMED = {
+    "tp2 from itself": ("tp2 with sequence parallelism", "tp2 with sequence parallelism"),
+    "pp2 from itself": ("pp2 with recompute", "pp2 with recompute"),
+    "ep2 from itself": ("ep2", "ep2"),
+    "dp2 from tp2": ("dp2", "tp2 with sequence parallelism"),
+    "tp2 from pp2": ("tp2", "pp2 with recompute"),
+    "experts over tensor ranks from ep2": ("experts over tensor ranks", "ep2"),
+    "ep2 from a pipeline": ("ep2", "experts on a pipeline"),
+}
+"""Layout that goes on, and the one that saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +58,9 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of one member: whole rows, and what each rank was told."""
+    """Of one member: parts of its whole row (`first`: exp_avg after one step), and what each rank was told."""
 
-    first: torch.Tensor
-    weights: torch.Tensor
+    parts: dict[str, torch.Tensor]
     norms: list[list[float]]
     logprobs: list[list[float]]
 
@@ -80,11 +91,10 @@ def trained(
     started: set[int] = set()
 
     def of(name: str) -> dict[str, Found]:
-        model, layout = LAYOUTS[name]
+        model, layout = LAYOUTS[RESUMED[name][0] if name in RESUMED else name]
         if layout.processes not in started:
             started.add(layout.processes)
-            same = {n: (m, one) for n, (m, one) in LAYOUTS.items() if one.processes == layout.processes}
-            _start(same, bases, folder, processes=layout.processes)
+            _start(layout.processes, bases, folder)
         return _found(bases[model], layout, folder / name)
 
     return of
@@ -102,14 +112,18 @@ def _expected(model: str, base: pathlib.Path, folder: pathlib.Path, member: str)
     return Expected(twin.first, twin.row(), norms, logprobs)
 
 
-def _start(
-    layouts: dict[str, tuple[str, Layout]], bases: dict[str, pathlib.Path], folder: pathlib.Path, *, processes: int
-) -> None:
-    jobs = []
-    for name, (model, layout) in layouts.items():
+def _start(processes: int, bases: dict[str, pathlib.Path], folder: pathlib.Path) -> None:
+    """Run every layout of so many processes, then those that go on from one of them."""
+    jobs: list[dict[str, Any]] = []
+    for name, source in [*((n, None) for n in LAYOUTS), *((n, saved) for n, (_, saved) in RESUMED.items())]:
+        model, layout = LAYOUTS[RESUMED[name][0] if source else name]
+        if layout.processes != processes:
+            continue
         (folder / name).mkdir()
-        settings = dataclasses.asdict(layout)
-        jobs.append({"layout": settings, "base": str(bases[model]), "out": str(folder / name)})
+        job = {"layout": dataclasses.asdict(layout), "base": str(bases[model]), "out": str(folder / name)}
+        if source:
+            job["saved"] = {"layout": dataclasses.asdict(LAYOUTS[source][1]), "out": str(folder / source)}
+        jobs.append(job)
     launch("tests.trainer.parallel.rank", [json.dumps(jobs)], processes=processes, out=folder)
 
 
@@ -118,12 +132,12 @@ def _found(base: pathlib.Path, layout: Layout, out: pathlib.Path) -> dict[str, F
     found = {}
     for member in cohort.SPECS:
         shape = cohort.shape(json.loads((base / "config.json").read_text()), member)
-        whole = {part: torch.full((shape.numel,), torch.nan) for part in ("first", "weights")}
+        whole = {part: torch.full((shape.numel,), torch.nan) for part in ranks[0]["rows"][member]}
         for number, rank in enumerate(ranks):
             for part, row in whole.items():
                 Shard(shape, layout.place(number)).put(rank["rows"][member][part], row)
         told = [r["report"][member]["norms"] for r in ranks]
-        found[member] = Found(whole["first"], whole["weights"], told, [r["logprobs"][member] for r in ranks])
+        found[member] = Found(whole, told, [r["logprobs"][member] for r in ranks])
     return found
 
 
@@ -135,12 +149,30 @@ def test_five_steps_equal_peft_for_every_member(
     for member, found in trained(name).items():
         wanted = expected[LAYOUTS[name][0]][member]
         scale = wanted.first.abs().max()
-        assert (found.first - wanted.first).abs().max() < 5e-6 * scale, f"{member}: first gradient"
+        assert (found.parts["first"] - wanted.first).abs().max() < 5e-6 * scale, f"{member}: first gradient"
         for norms in found.norms:
             assert norms == pytest.approx(wanted.norms, rel=2e-5), f"{member}: norms"
-        gap = (found.weights - wanted.weights).abs()
+        gap = (found.parts["weights"] - wanted.weights).abs()
         # Adam divides a gradient by its own size: where it is almost zero, rounding decides an element's step.
         assert gap.quantile(0.999) < 3e-7, f"{member}: weights differ by {gap.quantile(0.999)}"
         assert gap.max() < cohort.RATES[member], f"{member}: weights differ by {gap.max()}, more than a step"
         for logprobs in found.logprobs:
             assert logprobs == pytest.approx(wanted.logprobs, abs=1e-5), f"{member}: logprobs after five steps"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_rows_saved_under_one_layout_go_on_under_another(trained: Callable[[str], dict[str, Found]], name: str) -> None:
+    layout, source = RESUMED[name]
+    gone_on, uninterrupted = trained(name), trained(source)
+    for member, found in gone_on.items():
+        wanted = uninterrupted[member]
+        for part in ("weights", "exp_avg", "exp_avg_sq"):
+            if layout == source:
+                assert torch.equal(found.parts[part], wanted.parts[part]), f"{member}: {part}"
+            else:
+                gap = (found.parts[part] - wanted.parts[part]).abs().max()
+                assert gap < 1e-6, f"{member}: {part} differs by {gap}"
+        for norms in found.norms:
+            rest = wanted.norms[0][cohort.SAVED :]
+            assert norms == (rest if layout == source else pytest.approx(rest, rel=2e-5))
