@@ -68,3 +68,13 @@ def test_runs_take_turns_with_units_that_fill_a_micro_batch() -> None:
         shares.add(name, units_of(name, [MOST] * 4))
     order = [batch[0][0] for batch in drained(shares)]
     assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
+
+
+def test_small_units_of_every_run_are_in_every_micro_batch() -> None:
+    shares: Shares[int] = Shares(max_tokens=MOST, max_members=1000)
+    for name in "abcd":
+        shares.add(name, units_of(name, [5] * 60, members=60))
+    for _ in range(10):
+        batch = shares.next()
+        parts = [sum(u.tokens for r, u in batch if r == name) for name in "abcd"]
+        assert min(parts) >= MOST / 4 - 5 and sum(parts) == MOST
