@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from allele.api.algorithm import Algorithm
 from allele.api.schema import DottedPath, FreeForm, MemberName, Model, Name, Status, cel, schema
 
 
@@ -31,19 +32,6 @@ class Select(Model):
     )
 
 
-class Algorithm(Model):
-    name: Literal["GRPO"] = Field(
-        "GRPO",
-        description="GRPO (arXiv:2402.03300): group-normalised advantages, ratio to the rollout's policy clipped.",
-    )
-    prompts_per_step: int = Field(4, description="Prompts of a member in one step.", ge=1, le=4096)
-    group_size: int = Field(8, description="Samples of each prompt.", ge=2, le=1024)
-    clip_low: float = Field(0.2, description="Lower clip of the ratio: 1 − clipLow.", gt=0, lt=1)
-    clip_high: float = Field(
-        0.28, description="Upper clip of the ratio: 1 + clipHigh (DAPO, arXiv:2503.14476).", gt=0, le=10
-    )
-
-
 class Environment(Model):
     path: DottedPath = Field(
         description="module:Class on the run's code path, or the name of an `allele.environments` entry point."
@@ -53,11 +41,32 @@ class Environment(Model):
 
 
 class Optimizer(Model):
-    learning_rate: float = Field(description="Learning rate at the first step.", gt=0, le=1)
-    schedule: Literal["Constant", "Linear"] = Field(
-        "Constant", description="Linear: to finalFraction at the last step."
+    model_config = ConfigDict(
+        json_schema_extra=schema(
+            cel(
+                "!has(self.horizon) || self.warmupSteps < self.horizon",
+                "warmupSteps must be less than horizon",
+                path=".warmupSteps",
+                reason="FieldValueInvalid",
+            )
+        )
     )
-    final_fraction: float = Field(0.0, description="Fraction of learningRate left at the last step.", ge=0, le=1)
+    learning_rate: float = Field(description="Highest learning rate: at the first step after the warm-up.", gt=0, le=1)
+    schedule: Literal["Constant", "Linear", "Cosine"] = Field(
+        "Constant",
+        description="How the rate goes from learningRate to finalFraction of it at the horizon. Steps are the member's "
+        "own in this run: those that another member had do not count, nor those that were skipped.",
+    )
+    warmup_steps: int = Field(
+        0, description="Steps over which the rate rises linearly to learningRate.", ge=0, le=10_000_000
+    )
+    horizon: int | None = Field(
+        None,
+        description="Own steps after which the rate is final. Default: the turns that the member has in stop.steps.",
+        ge=1,
+        le=10_000_000,
+    )
+    final_fraction: float = Field(0.0, description="Fraction of learningRate left at the horizon.", ge=0, le=1)
     beta1: float = Field(0.9, description="AdamW's first decay.", ge=0, lt=1)
     beta2: float = Field(0.999, description="AdamW's second decay.", ge=0, lt=1)
     eps: float = Field(1e-8, description="AdamW's epsilon.", gt=0, le=1)
@@ -73,9 +82,16 @@ class Sampling(Model):
 
 class TrainGroup(Model):
     select: Select = Field(description="Members that this part trains.")
-    algorithm: Algorithm = Field(default_factory=Algorithm, description="How rewards become gradients.")
+    algorithm: Algorithm = Field(
+        default_factory=Algorithm,
+        description="How rewards become gradients. A member's `parameters.algorithm` overrides fields of it, but for "
+        "name, promptsPerStep, groupSize, refills and teacher, which say what is sampled.",
+    )
     environment: Environment = Field(description="Where prompts and rewards come from.")
-    optimizer: Optimizer = Field(description="How gradients become updates.")
+    optimizer: Optimizer = Field(
+        description="How gradients become updates. A member's `parameters.optimizer` overrides fields of it, e.g. "
+        '{"optimizer": {"learningRate": 0.001}} in its row of the manifest.'
+    )
     sampling: Sampling = Field(default_factory=Sampling, description="How completions are drawn.")
 
 

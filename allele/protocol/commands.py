@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Wire(BaseModel):
-    # A loss that is not finite must survive JSON: as the string "NaN", which pydantic reads back as a float.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+from allele.protocol.losses import LossSpec, MemberLoss
+from allele.protocol.wire import Wire
 
 
 class ByteRange(Wire):
@@ -53,17 +51,6 @@ class OptimizerSpec(Wire):
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
-
-
-class LossSpec(Wire):
-    """PPO-clip token loss of GRPO: −Σ_t w·min(ρ_t·A, clip(ρ_t, 1−low, 1+high)·A), ρ against the rollout's logprobs.
-
-    w = 1 / (tokens of that member in the command), so that a member's loss does not depend on who shares its batch.
-    """
-
-    kind: Literal["GRPO"] = "GRPO"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
 
 
 class MemberStart(Wire):
@@ -118,16 +105,8 @@ class ForwardBackward(Wire):
     """Header of the Arrow batch `allele.protocol.samples.TRAIN`; gradients add up until optim_step."""
 
     header: Header
-    loss: LossSpec
-
-
-class MemberLoss(Wire):
-    tokens: int
-    loss: float
-    ratio_mean: float
-    clip_fraction: float
-    logprob_gap: float
-    """max |trained − rollout logprob| over the member's tokens: engine against trainer, when the policies are equal."""
+    losses: tuple[LossSpec, ...]
+    """Each row of the batch names one by its place; all rows of a member the same one."""
 
 
 Mode = Literal["Batched", "OneByOne"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from allele.protocol.commands import Wire
+from allele.protocol.wire import Wire
 
 
 class Reward(Wire):

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from allele.protocol.commands import Wire
 from allele.protocol.errors import InvalidRequest
+from allele.protocol.wire import Wire
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 _HEADER = b"allele"
@@ -38,15 +38,28 @@ COMPLETIONS = pa.schema(
 
 TRAIN = pa.schema(
     [
-        pa.field("member", pa.string()),
-        pa.field("prompt", pa.list_(pa.int32())),
-        pa.field("completion", pa.list_(pa.int32())),
+        pa.field("member", pa.string(), nullable=False),
+        pa.field("loss", pa.int32(), nullable=False),
+        pa.field("prompt", pa.list_(pa.int32()), nullable=False),
+        pa.field("completion", pa.list_(pa.int32()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("advantage", pa.float32()),
+        pa.field("pair", pa.int32()),
+        pa.field("reference", pa.list_(pa.float32())),
+        pa.field("teacher_prompt", pa.list_(pa.int32())),
+        pa.field("teacher_ids", pa.list_(pa.int32())),
+        pa.field("teacher_logprobs", pa.list_(pa.float32())),
         pa.field("experts", pa.list_(pa.int16())),
     ]
 )
-"""`POST /v1/forward_backward` of a trainer.
+"""`POST /v1/forward_backward` of a trainer. What the row's loss (its place in the command's `losses`) has no use for is
+null or left out of `encode`.
+
+`logprobs`, `advantage`: the sampling policy's, per completion token, and of the sample (a reward, where the loss
+whitens). `pair`: two rows side by side with the same number, the first one preferred. `reference`: logprobs of the
+reference policy, per completion token; null: the base's. `teacher_prompt`: what the base as teacher sees in place of
+the prompt. `teacher_ids`, `teacher_logprobs`: a given teacher's top_k at each completion token, one token
+after the other.
 
 `experts`, for a model that has them: those that the engine chose, of every token but the last, `[tokens − 1, layers,
 experts per token]` flattened; −1 where the engine does not know: there the trainer's router chooses and the token's
@@ -79,11 +92,14 @@ H = TypeVar("H", bound=BaseModel)
 
 
 def encode(header: BaseModel, schema: pa.Schema, columns: dict[str, list[object]]) -> bytes:
-    """One record batch as an IPC stream; a column that is not given is null in every row."""
+    """One record batch as an IPC stream; a column that is nullable may be left out."""
     schema = schema.with_metadata({_HEADER: header.model_dump_json().encode()})
-    rows = len(next(iter(columns.values())))
-    filled = [pa.array(columns[f.name], type=f.type) if f.name in columns else pa.nulls(rows, f.type) for f in schema]
-    batch = pa.record_batch(filled, schema=schema)
+    rows = len(columns[schema.names[0]])
+    arrays = [
+        pa.nulls(rows, f.type) if f.nullable and f.name not in columns else pa.array(columns[f.name], type=f.type)
+        for f in schema
+    ]
+    batch = pa.record_batch(arrays, schema=schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_batch(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from allele.protocol.commands import Wire
+from allele.protocol.wire import Wire
 
 
 class Gate(Wire):

@@ -17,8 +17,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from allele.protocol.adapters import MEMBER_NAME
-from allele.protocol.commands import Wire
 from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound
+from allele.protocol.wire import Wire
 from allele.store.errors import BaseMismatch, ObjectNotFound
 from allele.store.objects import Objects
 

@@ -22,8 +22,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from ulid import ULID
 
-from allele.protocol.commands import Wire
 from allele.protocol.errors import InvalidRequest
+from allele.protocol.wire import Wire
 
 Reason = Literal[
     "Reachable", "BucketMissing", "CredentialsRefused", "Unreachable", "NoConditionalWrites", "NoRangedReads"

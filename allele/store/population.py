@@ -16,8 +16,9 @@ from pydantic import Field, ValidationError
 from ulid import ULID
 
 from allele.protocol.adapters import MEMBER_NAME, POPULATION_NAME
-from allele.protocol.commands import ByteRange, Wire
+from allele.protocol.commands import ByteRange
 from allele.protocol.errors import DigestMismatch, InvalidRequest
+from allele.protocol.wire import Wire
 from allele.store.catalogue import Catalogue
 from allele.store.errors import AlreadyExists, ObjectNotFound, OwnershipError, StoreUnavailable
 from allele.store.objects import Objects

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import AwareDatetime, Field
 
-from allele.protocol.commands import OptimizerSpec, ProbeSequence, Wire
+from allele.protocol.commands import OptimizerSpec, ProbeSequence
+from allele.protocol.wire import Wire
 
 
 class BaseRef(Wire):

@@ -168,7 +168,7 @@ async def _drive(
         )
         info, status = await trainer.info(), await gateways.status()
         check_base(status, bundle)
-        roller = Roller(gateways, run=bundle.run_uid, stop=base.tokenizer.stop_token_ids)
+        roller = Roller(gateways, run=bundle.run_uid, stop=base.tokenizer.stop_token_ids, context=base.context)
         equipment = Equipment(
             trainer=trainer,
             roller=roller,

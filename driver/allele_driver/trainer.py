@@ -6,6 +6,7 @@ a restarted trainer or a newer driver, comes out as UnknownIncarnation or StaleE
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -19,7 +20,6 @@ from allele.protocol.commands import (
     ForwardBackward,
     ForwardBackwardDone,
     Header,
-    LossSpec,
     MemberStart,
     OptimStep,
     OptimStepDone,
@@ -29,9 +29,10 @@ from allele.protocol.commands import (
     SaveState,
     SaveStateDone,
     TrainerInfo,
-    Wire,
 )
+from allele.protocol.losses import LossSpec
 from allele.protocol.samples import MEDIA_TYPE, TRAIN, encode
+from allele.protocol.wire import Wire
 from allele_driver import wire
 from allele_driver.patience import Patience
 from allele_driver.rollouts import TrainRow
@@ -68,15 +69,15 @@ class Trainer:
         body = Admit(header=self._next(), members=tuple(members), next=tuple(following))
         return await self._command("admit", body, Admitted)
 
-    async def forward_backward(self, loss: LossSpec, rows: Sequence[TrainRow]) -> ForwardBackwardDone:
+    async def forward_backward(self, turns: Sequence[tuple[LossSpec, Sequence[TrainRow]]]) -> ForwardBackwardDone:
+        """One pass over the rows of all members, each with its own loss."""
+        losses = {loss: i for i, loss in enumerate(dict.fromkeys(loss for loss, _ in turns))}
+        rows = [row for _, some in turns for row in some]
         columns: dict[str, list[object]] = {
-            "member": [r.member for r in rows],
-            "prompt": [r.prompt for r in rows],
-            "completion": [r.completion for r in rows],
-            "logprobs": [r.logprobs for r in rows],
-            "advantage": [r.advantage for r in rows],
+            f.name: [getattr(r, f.name) for r in rows] for f in dataclasses.fields(TrainRow)
         }
-        data = encode(ForwardBackward(header=self._next(), loss=loss), TRAIN, columns)
+        columns["loss"] = [losses[loss] for loss, some in turns for _ in some]
+        data = encode(ForwardBackward(header=self._next(), losses=tuple(losses)), TRAIN, columns)
         return await self._send("forward_backward", data, ForwardBackwardDone, media=MEDIA_TYPE)
 
     async def optim_step(self, learning_rates: dict[str, float]) -> OptimStepDone:

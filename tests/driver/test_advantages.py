@@ -1,4 +1,4 @@
-"""Rewards of a group become advantages by GRPO's formula; what says nothing is dropped."""
+"""Rewards of a prompt become advantages by the formula of the algorithm; what says nothing is dropped."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allele_driver.advantages import EPSILON, group_normalised
-from allele_driver.environments import Prompt
-from allele_driver.rollouts import Drawn, PromptGroup
+from allele_driver.advantages import (
+    ADVANTAGES,
+    EPSILON,
+    centred,
+    group_normalised,
+    leave_one_out,
+    less_the_mean,
+    overlong,
+)
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 
@@ -49,11 +55,27 @@ def test_one_good_reward_is_not_enough() -> None:
     assert group_normalised([None, 1.0, math.nan]) == [None] * 3
 
 
-def test_rows_carry_exactly_what_the_engine_returned() -> None:
-    drawn = tuple(Drawn((i, 1), (-0.5 * i, -0.1), "stop") for i in (3, 4, 5))
-    group = PromptGroup("m", 7, Prompt(text="x", ids=(9, 2)), drawn, (0.0, math.nan, 1.0))
-    rows = group.train_rows()
-    assert [(r.completion, r.logprobs) for r in rows] == [((3, 1), (-1.5, -0.1)), ((5, 1), (-2.5, -0.1))]
-    assert {r.prompt for r in rows} == {(9, 2)}
-    assert rows[0].advantage == -rows[1].advantage < 0
-    assert group.kept_rewards() == [0.0, 1.0]
+@settings(deadline=None)
+@given(st.lists(finite, min_size=2, max_size=32).filter(lambda r: max(r) - min(r) > 1e-3))
+def test_each_sample_is_compared_with_the_others(rewards: list[float]) -> None:
+    n = len(rewards)
+    others = [r - (sum(rewards) - r) / (n - 1) for r in rewards]
+    assert leave_one_out(rewards) == pytest.approx(others, abs=1e-6)
+    mean = sum(rewards) / n
+    assert centred(rewards) == pytest.approx([r - mean for r in rewards], abs=1e-6)
+    assert less_the_mean(rewards) == pytest.approx([r - mean for r in rewards], abs=1e-6)
+
+
+def test_algorithms_differ_in_what_they_do_with_equal_and_bad_rewards() -> None:
+    for name, rule in ADVANTAGES.items():
+        whitened = name.startswith("REINFORCE++")
+        equal = {"REINFORCE++": 0.5, "REINFORCE++Baseline": 0.0}.get(name)
+        assert rule([0.5, 0.5]) == [equal, equal], name
+        assert rule([0.5]) == [equal if whitened else None], name
+        assert rule([None, math.nan, 0.25, 0.75])[:2] == [None, None], name
+        assert all(a is not None for a in rule([None, math.nan, 0.25, 0.75])[2:]), name
+
+
+def test_an_answer_loses_linearly_over_the_last_tokens_before_the_longest() -> None:
+    found = [overlong(n, longest=20, cache=4, penalty=0.5) for n in (1, 16, 17, 18, 20, 25)]
+    assert found == [0, 0, -0.125, -0.25, -0.5, -0.5]

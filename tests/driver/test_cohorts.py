@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -54,10 +55,21 @@ def test_state_is_saved_every_few_turns_and_at_the_last(n: int, size: int | None
 
 def test_learning_rate_goes_linearly_to_its_final_fraction() -> None:
     optimizer = Optimizer(learning_rate=0.006, schedule="Linear", final_fraction=0.2)
-    rates = [learning_rate(optimizer, step=s, steps=41) for s in range(1, 42)]
-    assert (rates[0], rates[-1]) == pytest.approx((0.006, 0.0012))
+    rates = [learning_rate(optimizer, step=s, horizon=41) for s in range(1, 45)]
+    assert (rates[0], rates[40]) == pytest.approx((0.006, 0.0012))
     assert rates[20] == pytest.approx(0.0036)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[:41]))
+    assert set(rates[40:]) == {rates[40]}
     constant = Optimizer(learning_rate=0.01)
-    assert {learning_rate(constant, step=s, steps=9) for s in (1, 5, 9)} == {0.01}
-    assert learning_rate(optimizer, step=1, steps=1) == 0.006
+    assert {learning_rate(constant, step=s, horizon=9) for s in (1, 5, 9)} == {0.01}
+    assert learning_rate(optimizer, step=1, horizon=1) == 0.006
+
+
+def test_learning_rate_warms_up_and_falls_as_half_a_cosine() -> None:
+    optimizer = Optimizer(learning_rate=0.01, schedule="Cosine", warmup_steps=4, final_fraction=0.1)
+    rates = [learning_rate(optimizer, step=s, horizon=24) for s in range(1, 27)]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    for step in range(4, 25):
+        shape = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 4) / 20)) / 2
+        assert rates[step - 1] == pytest.approx(0.01 * shape)
+    assert rates[23:] == pytest.approx([0.001] * 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments import Lesson, MemberView, Prompt, Score
 from allele_driver.environments.calls import Start
 from allele_driver.environments.load import EnvironmentLoadError, code_digest, load_class
 from allele_driver.environments.scoring import Dropped, EnvironmentFailed, Scorer
@@ -20,7 +20,7 @@ from tests.driver.driver_parts import BASE
 
 CODE = """
 import os, time
-from allele_driver.environments import Score
+from allele_driver.environments import Answer, Lesson, Pair, Prompt, Said, Score
 
 
 class Good:
@@ -52,6 +52,21 @@ class Naughty(Good):
         if completion.text == "d":
             return "one"
         return 1
+
+
+class Teacher(Good):
+    def answers(self, member, rng, n):
+        return [Answer("abc=", "cba"), Answer(Prompt(ids=(3, 2)), Said(ids=(4, 4)))][:n]
+
+    def pairs(self, member, rng, n):
+        return [Pair("ab=", "ba", Said(ids=(4, 1), reference=(-1.0, -2.0)))] * n
+
+    def teach(self, member, prompt, completion):
+        if completion.text == "a":
+            return Lesson((1, 1) * len(completion.ids), (-1.0, -2.0) * len(completion.ids))
+        if completion.text == "b":
+            return Lesson((1, 2), (-1.0, -2.0))
+        return Lesson((1, 2) * len(completion.ids), (-1.0, -2.0) * len(completion.ids))
 
 
 class Misspelt:
@@ -89,8 +104,9 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def scorer() -> AsyncIterator[Callable[..., Scorer]]:
     made: list[Scorer] = []
 
-    def make(path: str, *, timeout: float = 20.0, **parameters: object) -> Scorer:
-        made.append(Scorer(Start(path, parameters, (BASE / "tokenizer.json").read_text(), (1,)), timeout=timeout))
+    def make(path: str, *, timeout: float = 20.0, methods: tuple[str, ...] = (), **parameters: object) -> Scorer:
+        start = Start(path, parameters, (BASE / "tokenizer.json").read_text(), (1,), methods)
+        made.append(Scorer(start, timeout=timeout))
         return made[-1]
 
     yield make
@@ -182,6 +198,33 @@ async def test_prompts_that_fail_are_told_with_the_traceback(scorer: Callable[..
     with pytest.raises(EnvironmentFailed, match="expected 2, found 1"):
         await naughty.prompts(MemberView("short", "g", 0, {}), seed=1, n=2, held_out=False)
     assert len(await naughty.prompts(MEMBER, seed=1, n=2, held_out=False)) == 2
+
+
+async def test_answers_and_pairs_end_with_the_stop_token(scorer: Callable[..., Scorer]) -> None:
+    teacher = scorer("user_code:Teacher", methods=("answers", "pairs", "teach"))
+    first, second = await teacher.given(MEMBER, seed=1, n=2, what="answers")
+    assert (first.prompt, first.completion) == ((3, 4, 5, 2), (5, 4, 3, 1))
+    assert (second.prompt, second.completion) == ((3, 2), (4, 4))
+    chosen, rejected = await teacher.given(MEMBER, seed=1, n=1, what="pairs")
+    assert (chosen.completion, chosen.reference) == ((4, 3, 1), ())
+    assert (rejected.completion, rejected.reference) == ((4, 1), (-1.0, -2.0))
+    with pytest.raises(EnvironmentFailed, match="answers of m: ValueError: answers: expected 3, found 2"):
+        await teacher.given(MEMBER, seed=1, n=3, what="answers")
+
+
+async def test_lessons_that_do_not_fit_are_dropped_alone(
+    scorer: Callable[..., Scorer], caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = scorer("user_code:Teacher", methods=("teach",))
+    found = await teacher.lessons([item("a"), item("b"), item("c")], top_k=2)
+    assert [getattr(f, "reason", f) for f in found] == ["raised", "raised", Lesson((1, 2) * 2, (-1.0, -2.0) * 2)]
+    assert "expected the ids of a place to be different" in caplog.text
+    assert "2 ids and logprobs (topK) at each of 2 places" in caplog.text
+
+
+async def test_what_an_algorithm_needs_is_asked_for_at_the_start(scorer: Callable[..., Scorer]) -> None:
+    with pytest.raises(EnvironmentLoadError, match=r"expected pairs\(self, member, rng, n\) -> list\[Pair\], found no"):
+        await scorer("user_code:Good", methods=("pairs",)).start()
 
 
 def test_a_member_stops_after_two_bad_steps_in_a_row() -> None:

@@ -19,6 +19,7 @@ from allele.protocol.errors import (
     Unavailable,
     UnknownIncarnation,
 )
+from allele.protocol.losses import PolicyLoss
 from allele_trainer.server.app import Server
 from allele_trainer.server.metrics import Metrics
 from tests.trainer.trainer_parts import NAMESPACE, Rig, adapter, batch, same_rows, start
@@ -178,7 +179,7 @@ async def test_samples_that_cannot_be_trained_on_are_refused_by_row(
     found[1] = type(found[1])(**(vars(found[1]) | change))
     with pytest.raises(InvalidRequest, match=message):
         await client.post(
-            "forward_backward", batch(c.ForwardBackward(header=client.header(2), loss=c.LossSpec()), found)
+            "forward_backward", batch(c.ForwardBackward(header=client.header(2), losses=(PolicyLoss(),)), found)
         )
     with pytest.raises(InvalidRequest, match="expected members with a gradient"):
         await client.optim_step(2)
@@ -215,6 +216,6 @@ async def test_a_loss_that_is_not_a_number_survives_the_wire(client: Client) -> 
     await client.reset()
     await client.admit(1)
     found = [type(e)(**(vars(e) | {"advantage": float("nan")})) for e in FOUND]
-    command = c.ForwardBackward(header=client.header(2), loss=c.LossSpec())
+    command = c.ForwardBackward(header=client.header(2), losses=(PolicyLoss(),))
     done = c.ForwardBackwardDone.model_validate_json(await client.post("forward_backward", batch(command, found)))
     assert all(loss.loss != loss.loss for loss in done.members.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +17,7 @@ samples = st.lists(
         slot=st.integers(0, 6),
         prompt=st.lists(ids, min_size=1, max_size=40),
         completion=st.lists(ids, min_size=1, max_size=40),
-        advantage=st.floats(-2, 2, width=32),
-    ).map(lambda s: Sample(s.slot, s.prompt, s.completion, [-float(t) for t in s.completion], s.advantage)),
+    ),
     min_size=1,
     max_size=30,
 )
@@ -38,6 +39,17 @@ def test_micro_batches_keep_every_sample_within_the_limit_and_depend_on_the_slot
         assert shares == micro_batches(mine, max_tokens=limit)
 
 
+@given(samples, st.integers(1, 300))
+@settings(deadline=None)
+def test_a_pair_is_never_split(found: list[Sample], limit: int) -> None:
+    pairs = [dataclasses.replace(s, pair=i) for i, s in enumerate(found) for _ in range(2)]
+    batches = micro_batches(pairs, max_tokens=limit)
+    for b in batches:
+        assert [s.pair for s in b[0::2]] == [s.pair for s in b[1::2]]
+        assert sum(s.inputs for s in b) <= limit or len(b) == 2
+    assert sorted(s.pair or 0 for b in batches for s in b) == sorted(s.pair or 0 for s in pairs)
+
+
 @given(samples)
 @settings(deadline=None)
 def test_each_logit_row_sees_its_sequence_and_predicts_its_token(found: list[Sample]) -> None:
@@ -52,11 +64,11 @@ def test_each_logit_row_sees_its_sequence_and_predicts_its_token(found: list[Sam
         assert p.positions[start : start + s.inputs].tolist() == list(range(s.inputs))
         for k, target in enumerate(s.completion):
             assert p.rows[row] == start + len(s.prompt) - 1 + k
-            assert (p.targets[row], p.owners[row], p.logprobs[row]) == (target, s.slot, -float(target))
-            assert p.advantages[row] == np.float32(s.advantage)
+            assert (p.targets[row], p.owners[row]) == (target, s.slot)
             row += 1
         start += s.inputs
     assert p.targets.size == row and not p.tokens[start:].any()
+    assert list(p.samples) == batch
 
 
 @given(samples)

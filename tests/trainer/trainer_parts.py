@@ -12,6 +12,7 @@ import torch
 from allele.format import AdapterShape
 from allele.protocol import commands as c
 from allele.protocol import samples as wire
+from allele.protocol.losses import LossSpec, MemberLoss, PolicyLoss
 from allele.store import PopulationStore
 from allele_trainer.bank.rows import Row
 from allele_trainer.bank.table import Key
@@ -30,9 +31,15 @@ class Example:
     member: str
     prompt: list[int]
     completion: list[int]
-    logprobs: list[float]
-    advantage: float
+    logprobs: list[float] | None = None
+    advantage: float | None = None
     experts: list[int] | None = None
+    loss: int = 0
+    pair: int | None = None
+    reference: list[float] | None = None
+    teacher_prompt: list[int] | None = None
+    teacher_ids: list[int] | None = None
+    teacher_logprobs: list[float] | None = None
 
     @property
     def inputs(self) -> int:
@@ -85,9 +92,14 @@ class Rig:
         return self.trainer.admit(c.Admit(header=self.header(run), members=members)).slots
 
     def forward_backward(
-        self, found: Sequence[Example], *, run: str = "run", mode: c.Mode = "Batched"
-    ) -> Mapping[str, c.MemberLoss]:
-        command = c.ForwardBackward(header=self.header(run), loss=c.LossSpec())
+        self,
+        found: Sequence[Example],
+        *,
+        run: str = "run",
+        mode: c.Mode = "Batched",
+        losses: Sequence[LossSpec] = (PolicyLoss(),),
+    ) -> Mapping[str, MemberLoss]:
+        command = c.ForwardBackward(header=self.header(run), losses=tuple(losses))
         work = self.trainer.begin(*wire.decode(batch(command, found), c.ForwardBackward, wire.TRAIN))
         shares: Shares[Part] = Shares(max_tokens=self.trainer.limits.max_tokens, max_members=self.trainer.limits.wave)
         shares.add(run, work.units, mode=mode)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from allele.protocol import commands as c
 from allele.protocol.errors import CODES, ErrorReply, ProtocolError, raise_reply
+from allele.protocol.losses import PolicyLoss
 from tests.trainer.trainer_parts import NAMESPACE, POPULATION, Example, Rig, adapter, batch, examples, start
 
 MEMBERS = ("a", "b")
@@ -53,7 +54,7 @@ class Client:
 
     async def forward_backward(self, seq: int, found: Sequence[Example] = FOUND) -> bytes:
         return await self.post(
-            "forward_backward", batch(c.ForwardBackward(header=self.header(seq), loss=c.LossSpec()), found)
+            "forward_backward", batch(c.ForwardBackward(header=self.header(seq), losses=(PolicyLoss(),)), found)
         )
 
     async def optim_step(self, seq: int, rate: float = 1e-2, members: Sequence[str] = MEMBERS) -> bytes:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import struct
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
-from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments import Lesson, MemberView, Prompt, Score
 
 LENGTH = struct.Struct(">I")
 
@@ -22,6 +22,8 @@ class Start:
     tokenizer: str
     """Content of tokenizer.json."""
     stop_token_ids: tuple[int, ...]
+    methods: tuple[str, ...] = ()
+    """What the class must have beside prompts and score."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,39 @@ class Drawn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Give:
+    """Answers or pairs."""
+
+    member: MemberView
+    seed: int
+    n: int
+    what: Literal["answers", "pairs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A prompt and what was said to it, in ids."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    reference: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    texts: tuple[Text, ...]
+    """Of pairs, two for each: the chosen one first."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Judge:
+    """Score a completion, or teach about it with `teach` tokens at each place."""
+
     member: MemberView
     prompt: Prompt
     ids: tuple[int, ...]
     finish: str
+    teach: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +89,8 @@ class Failed:
     traceback: str
 
 
-Answer = Started | Drawn | Score | Failed
-Call = Start | Draw | Judge
+Answer = Started | Drawn | Given | Score | Lesson | Failed
+Call = Start | Draw | Give | Judge
 
 
 def dump(value: Call | Answer) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+from collections.abc import Collection
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,22 @@ EXPECTED = {
     "prompts": "prompts(self, member, rng, n, held_out) -> list[Prompt | str]",
     "score": "score(self, member, prompt, completion) -> Score | float",
 }
+"""What every class has."""
+
+FURTHER = {
+    "answers": "answers(self, member, rng, n) -> list[Answer]",
+    "pairs": "pairs(self, member, rng, n) -> list[Pair]",
+    "teach": "teach(self, member, prompt, completion) -> Lesson",
+}
+"""What some algorithms need."""
 
 
 class EnvironmentLoadError(Exception):
     """The environment cannot be used: the message names path, module and what was expected."""
 
 
-def load_class(path: str) -> type[Any]:
-    """The class at `module:Class`, or of an entry point. Raises EnvironmentLoadError."""
+def load_class(path: str, methods: Collection[str] = ()) -> type[Any]:
+    """The class at `module:Class`, or of an entry point, with `methods` too. Raises EnvironmentLoadError."""
     target = path if ":" in path else _entry_point(path)
     module_name, _, class_name = target.partition(":")
     try:
@@ -40,14 +49,14 @@ def load_class(path: str) -> type[Any]:
     where = f"environment {path!r}: module {module_name!r} ({getattr(module, '__file__', 'built in')})"
     if not inspect.isclass(found):
         raise EnvironmentLoadError(f"{where}: expected a class {class_name!r}, found {type(found).__name__}")
-    for method, expected in EXPECTED.items():
+    for method, expected in (EXPECTED | {m: FURTHER[m] for m in methods}).items():
         _check(getattr(found, method, None), where=where, name=f"{class_name}.{method}", expected=expected)
     return found
 
 
-def build(path: str, tokenizer: Tokenizer, parameters: dict[str, Any]) -> Environment:
+def build(path: str, tokenizer: Tokenizer, parameters: dict[str, Any], *, methods: Collection[str] = ()) -> Environment:
     """`Class(tokenizer=…, **parameters)`. Raises EnvironmentLoadError, also for whatever the constructor raises."""
-    found = load_class(path)
+    found = load_class(path, methods)
     try:
         made: Environment = found(tokenizer=tokenizer, **parameters)
     except Exception as e:

@@ -16,10 +16,24 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from allele_driver.environments import MemberView, Prompt, Score
-from allele_driver.environments.calls import LENGTH, Call, Draw, Drawn, Failed, Judge, Start, Started, dump, load
+from allele_driver.environments import Lesson, MemberView, Prompt, Score
+from allele_driver.environments.calls import (
+    LENGTH,
+    Call,
+    Draw,
+    Drawn,
+    Failed,
+    Give,
+    Given,
+    Judge,
+    Start,
+    Started,
+    Text,
+    dump,
+    load,
+)
 from allele_driver.environments.load import EnvironmentLoadError
 from allele_driver.rollouts import Drawn as DrawnSample
 
@@ -99,19 +113,39 @@ class Scorer:
 
     async def prompts(self, member: MemberView, *, seed: int, n: int, held_out: bool) -> tuple[Prompt, ...]:
         """Raises EnvironmentFailed with the traceback of user code, or that it hung."""
+        answer = await self._told_or_failed("prompts", member, Draw(member, seed, n, held_out))
+        assert isinstance(answer, Drawn), f"worker: expected Drawn, found {answer!r:.200}"
+        return answer.prompts
+
+    async def given(
+        self, member: MemberView, *, seed: int, n: int, what: Literal["answers", "pairs"]
+    ) -> tuple[Text, ...]:
+        """Answers, or pairs as two texts each. Raises EnvironmentFailed."""
+        answer = await self._told_or_failed(what, member, Give(member, seed, n, what))
+        assert isinstance(answer, Given), f"worker: expected Given, found {answer!r:.200}"
+        return answer.texts
+
+    async def _told_or_failed(self, what: str, member: MemberView, call: Call) -> Any:
         async with self._lock:
             process = await self._running()
-            self._send(process, Draw(member, seed, n, held_out))
+            self._send(process, call)
             answer = await self._answer(process)
-        if isinstance(answer, Drawn):
-            return answer.prompts
-        assert isinstance(answer, Failed | Dropped), f"worker: expected Drawn, found {answer!r:.200}"
-        message = f"{answer.reason}\n{answer.traceback}" if isinstance(answer, Failed) else answer.message
-        raise EnvironmentFailed(f"prompts of {member.name}: {message}")
+        if isinstance(answer, Failed | Dropped):
+            message = f"{answer.reason}\n{answer.traceback}" if isinstance(answer, Failed) else answer.message
+            raise EnvironmentFailed(f"{what} of {member.name}: {message}")
+        return answer
 
     async def scores(self, items: Sequence[Item]) -> list[Score | Dropped]:
         """In the order of `items`."""
-        found: list[Score | Dropped] = []
+        return await self._judged(items, teach=0)
+
+    async def lessons(self, items: Sequence[Item], *, top_k: int) -> list[Lesson | Dropped]:
+        """What the environment teaches about completions, in the order of `items`."""
+        return await self._judged(items, teach=top_k)
+
+    async def _judged(self, items: Sequence[Item], *, teach: int) -> list[Any]:
+        """Scores, or lessons with `teach` tokens at each place."""
+        found: list[Any] = []
         hangs: dict[str, int] = {}
         async with self._lock:
             while len(found) < len(items):
@@ -121,31 +155,32 @@ class Scorer:
                     found += [Dropped("skipped", f"{HANGS_PER_MEMBER} samples hung before it")] * skipped
                     continue
                 window = rest[: min(WINDOW, _leading(rest, lambda m: hangs.get(m, 0) < HANGS_PER_MEMBER))]
-                async for result in self._window(window):
+                async for result in self._window(window, teach):
                     member = items[len(found)][0].name
-                    found.append(self._told(member, result))
+                    found.append(self._told(member, result, teach))
                     if isinstance(result, Dropped) and result.reason == "hung":
                         hangs[member] = hangs.get(member, 0) + 1
         return found
 
-    async def _window(self, items: Sequence[Item]) -> AsyncIterator[Any]:
+    async def _window(self, items: Sequence[Item], teach: int) -> AsyncIterator[Any]:
         """Answers to some samples, sent all at once; ends early after one that hung or died."""
         process = await self._running()
         for member, prompt, sample in items:
-            self._send(process, Judge(member, prompt, sample.ids, sample.finish))
+            self._send(process, Judge(member, prompt, sample.ids, sample.finish, teach))
         for _ in items:
             answer = await self._answer(process)
             yield answer
             if isinstance(answer, Dropped):
                 return
 
-    def _told(self, member: str, answer: Any) -> Score | Dropped:
-        if isinstance(answer, Score):
-            return answer
+    def _told(self, member: str, answer: Any, teach: int) -> Score | Lesson | Dropped:
+        if isinstance(answer, Lesson if teach else Score):
+            found: Score | Lesson = answer
+            return found
         if isinstance(answer, Failed):
             answer = Dropped("raised", f"{answer.reason}\n{answer.traceback}")
-        assert isinstance(answer, Dropped), f"worker: expected a Score, found {answer!r:.200}"
-        where = f"{self._start.path}.score of {member}"
+        assert isinstance(answer, Dropped), f"worker: expected a Score or a Lesson, found {answer!r:.200}"
+        where = f"{self._start.path}.{'teach' if teach else 'score'} of {member}"
         log.warning("sample dropped: %s %s: %s", where, answer.reason, answer.message, extra={"member": member})
         return answer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 import allele
 from allele.protocol.bundle import RunBundle
-from allele.protocol.commands import LossSpec
 from allele.store import BaseRef, DataRange, Fact, Index, Provenance, ShapeRef, Versions
+from allele_driver.algorithms import loss_spec
 from allele_driver.loop.resume import optimizer_spec
 from allele_driver.loop.rollout import ActivePart
 from allele_driver.loop.train import Exported, Trained, Turn
@@ -32,22 +32,18 @@ def versions(*, torch: str = "", megatron_core: str = "", sglang: str = "") -> V
     return Versions(allele=allele.__version__, torch=torch, megatron_core=megatron_core, sglang=sglang)
 
 
-def loss_spec(active: ActivePart) -> LossSpec:
-    algorithm = active.spec.algorithm
-    return LossSpec(kind=algorithm.name, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
-
-
 def provenance(
     origin: Origin,
     active: ActivePart,
     *,
     step: int,
     shape: str,
+    members: Collection[str],
     prompts: int,
     lags: Mapping[int, int],
     seconds: Mapping[str, float],
 ) -> Provenance:
-    """Of the revisions that one part of the run made in one step. The cursor is the step: prompts follow from it."""
+    """Of the revisions of `members` that one part of the run made in a step. The cursor is the step: prompts follow."""
     bundle, adapter = origin.bundle, active.part.members[0].adapter
     return Provenance(
         namespace=bundle.namespace,
@@ -78,16 +74,28 @@ def provenance(
         versions=origin.versions,
         optimizer=optimizer_spec(active.spec.optimizer),
         loss={
-            **loss_spec(active).model_dump(),
-            "algorithm": active.spec.algorithm.model_dump(),
+            **loss_spec(active.spec.algorithm, active.spec.sampling).model_dump(),
+            "algorithm": active.spec.algorithm.model_dump(exclude_none=True),
             "learning_rate": active.spec.optimizer.learning_rate,
             "schedule": active.spec.optimizer.schedule,
             "sampling": active.spec.sampling.model_dump(),
+            "overrides": _overrides(active, members),
         },
         probes=active.probes,
         seconds=dict(seconds),
         time=datetime.now(UTC),
     )
+
+
+def _overrides(active: ActivePart, members: Collection[str]) -> dict[str, object]:
+    """Member → the algorithm and optimizer that are its own."""
+    usual = (active.spec.algorithm, active.spec.optimizer)
+    own = {m: active.recipes[m] for m in members}
+    return {
+        m: {"algorithm": r.algorithm.model_dump(exclude_none=True), "optimizer": r.optimizer.model_dump()}
+        for m, r in own.items()
+        if (r.algorithm, r.optimizer) != usual
+    }
 
 
 def committed(
@@ -114,22 +122,24 @@ def committed(
     )
 
 
+OWN_STEP = "own_step"
+"""Key in the metrics of facts: optimizer steps of this run that the member has had."""
+
+
 def step_metrics(turn: Turn, trained: Trained, rollouts: Rollouts, *, lag: int) -> dict[str, float]:
-    """Numbers of one member's step that go into its fact."""
-    groups = rollouts.of(turn.member)
-    rewards = [r for g in groups for r in g.kept_rewards()]
+    """Numbers of one member's step that go into its fact; what its loss does not have is left out."""
+    rewards = [r for g in rollouts.of(turn.member) for r in g.kept_rewards()]
+    loss = trained.loss.model_dump(exclude_none=True)
+    reward = {"reward": sum(rewards) / len(rewards)} if rewards else {}
     return {
-        "reward": sum(rewards) / len(rewards),
+        **reward,
         "samples": float(len(rewards)),
         "trained_samples": float(len(turn.rows)),
         "dropped_samples": float(sum(rollouts.dropped.get(turn.member, {}).values())),
-        "tokens": float(trained.loss.tokens),
-        "loss": trained.loss.loss,
-        "ratio_mean": trained.loss.ratio_mean,
-        "clip_fraction": trained.loss.clip_fraction,
-        "logprob_gap": trained.loss.logprob_gap,
+        **{name: float(value) for name, value in loss.items()},
         "grad_norm": trained.update.grad_norm,
         "optimizer_step": float(trained.update.step),
+        OWN_STEP: float(turn.own_step),
         "learning_rate": turn.learning_rate,
         "policy_lag": float(lag),
         "batched": float(trained.mode == "Batched"),
@@ -152,6 +162,8 @@ def lags(rollouts: Rollouts, current: Mapping[str, int], index: Index) -> dict[s
     for g in rollouts.groups:
         lag = lag_of(g.revision, current.get(g.member), g.member, index)
         found.setdefault(g.member, Counter())[lag] += len(g.drawn)
+    for member, rows in rollouts.given.items():
+        found.setdefault(member, Counter())[0] += len(rows)
     return found
 
 

@@ -35,7 +35,14 @@ class Recorder:
         """First revisions of members of a part, with their held-out rewards."""
         shape = exported[members[0].name].shape
         origin = record.provenance(
-            self._origin, self._roster.active[part], step=step, shape=shape, prompts=0, lags={}, seconds={}
+            self._origin,
+            self._roster.active[part],
+            step=step,
+            shape=shape,
+            members=[m.name for m in members],
+            prompts=0,
+            lags={},
+            seconds={},
         )
         sha = await self._ledger.write(origin)
         return [
@@ -72,7 +79,8 @@ class Recorder:
                 active,
                 step=step,
                 shape=next(iter(made.values())).shape,
-                prompts=sum(len(rollouts.of(m)) for m in made),
+                members=made.keys(),
+                prompts=sum(rollouts.prompts(m) for m in made),
                 lags=record.total(lags[m] for m in made),
                 seconds=seconds,
             )

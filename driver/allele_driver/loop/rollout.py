@@ -10,14 +10,16 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
+from allele.api.algorithm import TOP_K, Algorithm
 from allele.api.run import TrainGroup
 from allele.protocol.commands import ProbeSequence
-from allele_driver.environments import MemberView, Prompt, Score
+from allele_driver.environments import Lesson, MemberView, Prompt, Score
 from allele_driver.environments.scoring import EnvironmentFailed, Scorer
 from allele_driver.loop.stages import Stages
 from allele_driver.members import Member, Part, seed_of
 from allele_driver.metrics import DROPPED, SAMPLES
-from allele_driver.rollouts import Drawn, PromptGroup, Rollouts
+from allele_driver.recipes import OVERRIDES, Recipe
+from allele_driver.rollouts import Drawn, PromptGroup, Rollouts, TrainRow
 from allele_driver.sampling import Ask, Gateways
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ class ActivePart:
 
     part: Part
     scorer: Scorer
+    recipes: Mapping[str, Recipe]
+    """By member."""
     probes: tuple[ProbeSequence, ...] = ()
 
     @property
@@ -53,10 +57,12 @@ class Draw:
 class Roller:
     """Makes rollouts of a run."""
 
-    def __init__(self, gateways: Gateways, *, run: str, stop: tuple[int, ...]) -> None:
+    def __init__(self, gateways: Gateways, *, run: str, stop: tuple[int, ...], context: int) -> None:
+        """`context`: tokens that the base takes at most, a prompt with its completion."""
         self._gateways = gateways
         self._run = run
         self._stop = stop
+        self._context = context
 
     async def roll_out(
         self,
@@ -80,7 +86,37 @@ class Roller:
             )
         with stages("score"):
             groups = await self._score(active, chosen, drawn, revisions, dropped)
-        return Rollouts(groups, dropped)
+        if not draw.held_out and (top_k := lessons_of(active.spec.algorithm)):
+            with stages("teach"):
+                groups = await self._teach(active, groups, dropped, top_k=top_k)
+        return Rollouts(groups, wanted={m.name: draw.prompts * draw.samples for m in members}, dropped=dropped)
+
+    async def given(self, active: ActivePart, members: Sequence[Member], *, salt: str, stages: Stages) -> Rollouts:
+        """Answers or pairs, promptsPerStep for each member: nothing is sampled."""
+        n, pairs = active.spec.algorithm.prompts_per_step, active.spec.algorithm.name == "DPO"
+        rows: dict[str, tuple[TrainRow, ...]] = {}
+        dropped: dict[str, dict[str, int]] = {}
+        with stages("prompts"):
+            for m in members:
+                seed = seed_of(self._run, salt, m.name)
+                try:
+                    texts = await active.scorer.given(view(m), seed=seed, n=n, what="pairs" if pairs else "answers")
+                except EnvironmentFailed as e:
+                    log.warning("%s", e, extra={"member": m.name})
+                    _drop(dropped, m.name, "prompts", n)
+                    continue
+                units = [texts[i : i + 1 + pairs] for i in range(0, len(texts), 1 + pairs)]
+                fit = [u for u in units if all(len(t.prompt) + len(t.completion) <= self._context for t in u)]
+                if len(fit) < len(units):
+                    _drop(dropped, m.name, "too long", len(units) - len(fit))
+                rows[m.name] = tuple(
+                    TrainRow(m.name, t.prompt, t.completion, pair=i if pairs else None, reference=t.reference or None)
+                    for i, unit in enumerate(fit)
+                    for t in unit
+                )
+        return Rollouts(
+            given={m: found for m, found in rows.items() if found}, wanted={m.name: n for m in members}, dropped=dropped
+        )
 
     async def probes(self, active: ActivePart) -> tuple[ProbeSequence, ...]:
         """A few prompts of the environment and what the base answers to each."""
@@ -133,15 +169,46 @@ class Roller:
             groups.append(PromptGroup(m.name, revisions.get(m.name), p, kept, rewards))
         return tuple(groups)
 
+    async def _teach(
+        self,
+        active: ActivePart,
+        groups: Sequence[PromptGroup],
+        dropped: dict[str, dict[str, int]],
+        *,
+        top_k: int,
+    ) -> tuple[PromptGroup, ...]:
+        views = {m.name: view(m) for m in active.part.members}
+        items = [(views[g.member], g.prompt, d) for g in groups for d in g.drawn]
+        found = iter(await active.scorer.lessons(items, top_k=top_k))
+        return tuple(
+            dataclasses.replace(g, lessons=tuple(_lesson(next(found), g.member, dropped) for _ in g.drawn))
+            for g in groups
+        )
+
+
+def lessons_of(algorithm: Algorithm) -> int:
+    """Tokens at each place about which the environment is asked to teach; 0: it is not asked."""
+    asked = algorithm.name == "Distillation" and algorithm.teacher == "Environment"
+    return (algorithm.top_k or TOP_K) if asked else 0
+
 
 def view(member: Member) -> MemberView:
-    return MemberView(member.name, member.group, member.index, member.parameters)
+    """Without what is meant for the trainer."""
+    parameters = {k: v for k, v in member.parameters.items() if k not in OVERRIDES}
+    return MemberView(member.name, member.group, member.index, parameters)
 
 
 def _reward(score: object, member: str, dropped: dict[str, dict[str, int]]) -> float | None:
     if isinstance(score, Score) and math.isfinite(score.reward):
         return score.reward
     _drop(dropped, member, "not finite" if isinstance(score, Score) else getattr(score, "reason", "raised"), 1)
+    return None
+
+
+def _lesson(lesson: object, member: str, dropped: dict[str, dict[str, int]]) -> Lesson | None:
+    if isinstance(lesson, Lesson):
+        return lesson
+    _drop(dropped, member, getattr(lesson, "reason", "raised"), 1)
     return None
 
 

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from allele.api.run import RLRunSpec
+from allele_driver import algorithms, cohorts
 from allele_driver.cohorts import cohort, saves_state
-from allele_driver.loop.record import loss_spec
 from allele_driver.loop.rollout import ActivePart, Draw, Roller
 from allele_driver.loop.stages import Stages
 from allele_driver.loop.train import Turn
 from allele_driver.members import Member
+from allele_driver.recipes import Recipe
 from allele_driver.rollouts import Rollouts, joined
 from allele_driver.schedule import learning_rate
 
@@ -37,31 +38,94 @@ class Roster:
         """Who trains in a step, out of those that are ready."""
         return [m for m in cohort(self.members, step=step, size=self._spec.pace.cohort) if m.name in ready]
 
-    def wanted(self, member: str) -> int:
-        """Samples of a member in one step."""
-        algorithm = self.part(member).spec.algorithm
-        return algorithm.prompts_per_step * algorithm.group_size
+    def recipe(self, member: str) -> Recipe:
+        return self.part(member).recipes[member]
 
-    def turns(self, step: int, rollouts: Rollouts) -> list[Turn]:
-        """What each member trains on; without a telling group, none."""
-        steps, size = self._spec.stop.steps, self._spec.pace.cohort
-        turns = []
-        for name in dict.fromkeys(g.member for g in rollouts.groups):
-            rows = tuple(row for g in rollouts.of(name) for row in g.train_rows())
+    def turns(self, step: int, rollouts: Rollouts, *, done: Mapping[str, int]) -> list[Turn]:
+        """What each member trains on; those with nothing that tells are left out. `done`: its own steps so far."""
+        found = []
+        for name in rollouts.members:
+            recipe, sampling = self.recipe(name), self.part(name).spec.sampling
+            rows = rollouts.given.get(name) or algorithms.rows(rollouts.of(name), recipe.algorithm, sampling)
             if not rows:
                 continue
-            active = self.part(name)
-            saves = saves_state(
-                self._place[name],
-                members=len(self.members),
-                step=step,
-                steps=steps,
-                size=size,
-                every=self._spec.checkpoints.every_steps,
+            found.append(
+                Turn(
+                    name,
+                    self._part[name],
+                    algorithms.loss_spec(recipe.algorithm, sampling),
+                    tuple(rows),
+                    own_step=done.get(name, 0) + 1,
+                    learning_rate=self._rate(name, own_step=done.get(name, 0) + 1),
+                    saves_state=self._saves(name, step),
+                )
             )
-            rate = learning_rate(active.spec.optimizer, step=step, steps=steps)
-            turns.append(Turn(name, self._part[name], loss_spec(active), rows, rate, saves))
-        return turns
+        return found
+
+    def _rate(self, member: str, *, own_step: int) -> float:
+        optimizer = self.recipe(member).optimizer
+        turns = cohorts.turns(
+            self._place[member],
+            members=len(self.members),
+            step=self._spec.stop.steps,
+            size=self._spec.pace.cohort,
+        )
+        return learning_rate(optimizer, step=own_step, horizon=optimizer.horizon or turns)
+
+    def _saves(self, member: str, step: int) -> bool:
+        return saves_state(
+            self._place[member],
+            members=len(self.members),
+            step=step,
+            steps=self._spec.stop.steps,
+            size=self._spec.pace.cohort,
+            every=self._spec.checkpoints.every_steps,
+        )
+
+    async def to_train_on(
+        self,
+        roller: Roller,
+        members: Sequence[Member],
+        *,
+        step: int,
+        revisions: Mapping[str, int],
+        version: int,
+        stages: Stages,
+    ) -> Rollouts:
+        """Answers and pairs where the algorithm learns from such; else rollouts, with refills for what says nothing."""
+        reads = [a.spec.algorithm.name in ("SFT", "DPO") for a in self.active]
+        asked = [
+            roller.given(a, self.share(i, members), salt=str(step), stages=stages)
+            for i, a in enumerate(self.active)
+            if reads[i]
+        ]
+        left = {m.name: m for m in members if not reads[self._part[m.name]]}
+        missing = {name: self.part(name).spec.algorithm.prompts_per_step for name in left}
+        found = list(await asyncio.gather(*asked))
+        round_ = 0
+        while missing:
+            some = await self.roll_out(
+                roller,
+                [left[name] for name in missing],
+                draw=_draw(missing, self._part, salt=str(step) if round_ == 0 else f"{step}/{round_}", of=self.active),
+                revisions=revisions,
+                version=version,
+                stages=stages,
+            )
+            found.append(some)
+            round_ += 1
+            missing = self._untold(joined(found), missing, round_=round_)
+        return joined(found)
+
+    def _untold(self, rollouts: Rollouts, asked: Collection[str], *, round_: int) -> dict[str, int]:
+        """Member → prompts to draw in refill `round_`, those for members that still lack some and may have more."""
+        missing: dict[str, int] = {}
+        for name in asked:
+            algorithm = self.part(name).spec.algorithm
+            telling = sum(algorithms.tells(g, algorithm) for g in rollouts.of(name))
+            if round_ <= algorithms.refills(algorithm) and telling < algorithm.prompts_per_step:
+                missing[name] = algorithm.prompts_per_step - telling
+        return missing
 
     async def roll_out(
         self,
@@ -83,3 +147,14 @@ class Roster:
             )
         )
         return joined(found)
+
+
+def _draw(
+    missing: Mapping[str, int], part_of: Mapping[str, int], *, salt: str, of: Sequence[ActivePart]
+) -> Callable[[ActivePart], Draw]:
+    """For each part, as many prompts of each member as the one that lacks most."""
+    most: dict[int, int] = {}
+    for name, n in missing.items():
+        most[part_of[name]] = max(most.get(part_of[name], 0), n)
+    by_part = {id(a): most[i] for i, a in enumerate(of) if i in most}
+    return lambda a: Draw(by_part[id(a)], a.spec.algorithm.samples, held_out=False, salt=salt)

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from allele.protocol.errors import ProtocolError, SequenceGap, UnknownIncarnation
 from allele.protocol.progress import TrainerSlots
@@ -22,7 +22,7 @@ from allele_driver.loop.exposer import Exposer
 from allele_driver.loop.ledger import Ledger
 from allele_driver.loop.recorder import Recorder
 from allele_driver.loop.resume import optimizer_spec, start_point, unexposed
-from allele_driver.loop.rollout import ActivePart, Draw, Roller
+from allele_driver.loop.rollout import ActivePart, Roller
 from allele_driver.loop.roster import Roster
 from allele_driver.loop.stages import Stages
 from allele_driver.loop.train import initialise, train
@@ -158,7 +158,7 @@ class Run:
             epoch=self._with.ledger.fence,
             namespace=bundle.namespace,
             population=bundle.population,
-            members=[p.command(optimizer_spec(self._roster.part(p.member.name).spec.optimizer)) for p in points],
+            members=[p.command(optimizer_spec(self._roster.recipe(p.member.name).optimizer)) for p in points],
         )
         if done.base_digest != bundle.population_spec.base.digest:
             raise InvalidInput(
@@ -209,7 +209,7 @@ class Run:
             self._ahead = asyncio.create_task(self._roll_out(step + 1, Stages()))
         mean, wanted = heldout.mean(rollouts.mean_rewards()), self._spec.stop.reward
         self._reached = mean is not None and wanted is not None and mean >= wanted
-        turns = self._roster.turns(step, rollouts)
+        turns = self._roster.turns(step, rollouts, done=self._own_steps(rollouts.members))
         trained = await train(
             self._with.trainer,
             turns,
@@ -246,9 +246,8 @@ class Run:
         ahead, self._ahead = self._ahead, None
         with stages("rollout"):
             rollouts = await (ahead or self._roll_out(step, stages))
-        for name in {g.member for g in rollouts.groups} | rollouts.dropped.keys():
-            dropped = rollouts.dropped.get(name, {})
-            self._failures.note(name, dropped=dropped, samples=self._roster.wanted(name))
+        for name, wanted in rollouts.wanted.items():
+            self._failures.note(name, dropped=rollouts.dropped.get(name, {}), samples=wanted)
         return rollouts
 
     async def _roll_out(self, step: int, stages: Stages) -> Rollouts:
@@ -258,18 +257,23 @@ class Run:
                 f"all {len(stopped)} members stopped, the first, {next(iter(stopped))}: {next(iter(stopped.values()))}"
             )
 
-        def draw(active: ActivePart) -> Draw:
-            algorithm = active.spec.algorithm
-            return Draw(algorithm.prompts_per_step, algorithm.group_size, held_out=False, salt=str(step))
-
-        return await self._roster.roll_out(
+        return await self._roster.to_train_on(
             self._with.roller,
             self._roster.cohort(step, ready=self._current.keys() - stopped.keys()),
-            draw=draw,
+            step=step,
             revisions=dict(self._current),
             version=self._index.version,
             stages=stages,
         )
+
+    def _own_steps(self, members: Iterable[str]) -> dict[str, int]:
+        """Steps of this run that the revision in the trainer has had, from the facts, so also after a restart."""
+        found = {}
+        for m in members:
+            fact = self._index.get(m, self._current[m])
+            if fact is not None and fact.run == self._bundle.run_uid:
+                found[m] = int(fact.metrics.get(record.OWN_STEP, 0))
+        return found
 
     async def _commit(self, step: int, facts: list[Fact]) -> int:
         version = await self._with.ledger.commit(step, facts)

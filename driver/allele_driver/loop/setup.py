@@ -10,7 +10,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from allele.api.algorithm import Algorithm
 from allele.format import AdapterShape, ShapeMismatch
 from allele.protocol.bundle import RunBundle
 from allele.store import ObjectNotFound, Objects, OwnershipError, PopulationRecord, PopulationStore
@@ -19,6 +21,7 @@ from allele_driver.environments.load import EnvironmentLoadError
 from allele_driver.environments.scoring import Scorer
 from allele_driver.loop.rollout import ActivePart
 from allele_driver.members import InvalidInput, Part, members_of
+from allele_driver.recipes import recipes
 from allele_driver.tokenizer import HfTokenizer, stop_tokens
 
 
@@ -27,7 +30,12 @@ class Base:
     """What the driver needs of the base model."""
 
     tokenizer: HfTokenizer
-    config: dict[str, object]
+    config: dict[str, Any]
+
+    @property
+    def context(self) -> int:
+        """Tokens that the base takes at most."""
+        return int(self.config["max_position_embeddings"])
 
 
 def read_base(uri: str) -> Base:
@@ -67,14 +75,28 @@ async def start_parts(parts: Sequence[Part], tokenizer: HfTokenizer) -> tuple[Ac
     active = []
     for part in parts:
         environment = part.spec.environment
-        start = Start(environment.path, environment.parameters, tokenizer.content, tokenizer.stop_token_ids)
-        active.append(ActivePart(part, Scorer(start, timeout=environment.timeout_seconds)))
+        start = Start(
+            environment.path,
+            environment.parameters,
+            tokenizer.content,
+            tokenizer.stop_token_ids,
+            methods=methods_of(part.spec.algorithm),
+        )
+        scorer = Scorer(start, timeout=environment.timeout_seconds)
+        active.append(ActivePart(part, scorer, recipes(part.spec, part.members)))
     try:
         await asyncio.gather(*(a.scorer.start() for a in active))
     except EnvironmentLoadError as e:
         await asyncio.gather(*(a.scorer.close() for a in active))
         raise InvalidInput(str(e)) from e
     return tuple(active)
+
+
+def methods_of(algorithm: Algorithm) -> tuple[str, ...]:
+    """What an environment must have for an algorithm, beside prompts and score."""
+    if algorithm.name == "Distillation":
+        return ("teach",) if algorithm.teacher == "Environment" else ()
+    return {"SFT": ("answers",), "DPO": ("pairs",)}.get(algorithm.name, ())
 
 
 def read_bundle(run_dir: Path) -> RunBundle:

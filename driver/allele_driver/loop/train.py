@@ -12,12 +12,11 @@ from typing import TypeVar
 from allele.protocol.commands import (
     ByteRange,
     ExportDone,
-    LossSpec,
-    MemberLoss,
     MemberUpdate,
     Mode,
     ProbeSequence,
 )
+from allele.protocol.losses import LossSpec, MemberLoss
 from allele_driver.cohorts import waves
 from allele_driver.loop.stages import Stages
 from allele_driver.rollouts import TrainRow
@@ -34,6 +33,8 @@ class Turn:
     part: int
     loss: LossSpec
     rows: tuple[TrainRow, ...]
+    own_step: int
+    """Optimizer steps of this run that the member has had, this one included."""
     learning_rate: float
     saves_state: bool
 
@@ -75,12 +76,7 @@ async def train(
     for some, following in waves(turns, size=wave):
         with stages("train"):
             await trainer.admit([t.member for t in some], following=[t.member for t in following])
-            losses: dict[str, MemberLoss] = {}
-            modes: dict[str, Mode] = {}
-            for loss, alike in _by(some, [t.loss for t in some]).items():
-                done = await trainer.forward_backward(loss, [r for t in alike for r in t.rows])
-                losses |= done.members
-                modes |= dict.fromkeys(done.members, done.mode)
+            done = await trainer.forward_backward([(t.loss, t.rows) for t in some])
             updates = (await trainer.optim_step({t.member: t.learning_rate for t in some})).members
         changed = [t for t in some if not updates[t.member].skipped]
         exported = await export(
@@ -91,7 +87,7 @@ async def train(
             stages=stages,
         )
         for t in some:
-            trained[t.member] = Trained(modes[t.member], losses[t.member], updates[t.member], exported.get(t.member))
+            trained[t.member] = Trained(done.mode, done.members[t.member], updates[t.member], exported.get(t.member))
     return trained
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from allele_driver.loop.stages import Stages
 from allele_driver.loop.tally import Phase, Tally
@@ -61,9 +61,16 @@ class Voice:
                 "trained": len(trained),
                 "seconds": round(seconds, 3),
                 "stages": tally.stages,
-                "logprob_gap": max((t.loss.logprob_gap for t in trained.values()), default=None),
+                "loss": _mean([t.loss.loss for t in trained.values()]),
+                "logprob_gap": max(
+                    (g for t in trained.values() if (g := t.loss.logprob_gap) is not None), default=None
+                ),
                 "dropped": rollouts.dropped or None,
                 "committed": tally.committed,
                 "exposed": tally.exposed,
             },
         )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

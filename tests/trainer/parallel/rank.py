@@ -15,16 +15,19 @@ import torch
 from megatron.core import parallel_state
 
 from allele.format import AdapterShape
-from allele.protocol.commands import LossSpec
+from allele.protocol.losses import PolicyLoss
 from allele_trainer.bank.rows import Bank, Row
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import fresh
 from allele_trainer.bank.step import Update, step
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import Layout, initialise
+from allele_trainer.rl.goals import goals
 from allele_trainer.rl.packing import Sample, micro_batches
 from allele_trainer.rl.passes import logprobs, train
+from allele_trainer.rl.samples import MemberSample
 from tests.trainer.parallel import cohort
+from tests.trainer.trainer_parts import Example
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -45,33 +48,30 @@ class Trainee:
         self.bank.store(slot, Row(*parts, step=whole.step), scale=cohort.SPECS[member].scale)
 
     def samples(self, number: int) -> list[Sample]:
-        return [
-            Sample(
-                self.members.index(e.member),
-                e.prompt,
-                e.completion,
-                e.logprobs,
-                e.advantage,
-                None if e.experts is None else np.array(e.experts, np.int16).reshape(e.inputs, cohort.LAYERS, -1),
-            )
-            for e in cohort.samples(number, model=self.model.config.raw["model_type"])
-            if e.member in self.members
-        ]
+        every = cohort.samples(number, model=self.model.config.raw["model_type"])
+        found: list[Sample] = []
+        for slot, member in enumerate(self.members):
+            mine = [_read(e) for e in every if e.member == member]
+            made = zip(mine, goals(mine, PolicyLoss()), strict=True)
+            found += [Sample(slot, s.prompt, s.completion, goal, experts=s.experts) for s, goal in made]
+        return found
 
     def step(self, number: int, report: dict[str, dict[str, list[float]]]) -> None:
         """One step of every member: several micro-batches, then one update."""
         found = self.samples(number)
-        weights = {
-            slot: 1 / sum(len(s.completion) for s in found if s.slot == slot) for slot in range(len(self.members))
-        }
         losses = dict.fromkeys(range(len(self.members)), 0.0)
         for batch in micro_batches(found, max_tokens=60):
-            for slot, sums in train(self.model, self.bank, batch, loss=LossSpec(), weights=weights).items():
+            for slot, sums in train(self.model, self.bank, batch).items():
                 losses[slot] += sums.loss
         updates = [Update(slot, cohort.RATES[m], cohort.RULES[m]) for slot, m in enumerate(self.members)]
         for slot, done in enumerate(step(self.bank, updates, ranks=self.model.ranks)):
             report[self.members[slot]]["norms"].append(done.norm)
             report[self.members[slot]]["losses"].append(losses[slot])
+
+
+def _read(e: Example) -> MemberSample:
+    experts = None if e.experts is None else np.array(e.experts, np.int16).reshape(e.inputs, cohort.LAYERS, -1)
+    return MemberSample(**(vars(e) | {"experts": experts}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs micro-batches through this rank's part of the model: one after the other, or as a pipeline of stages.
 
 Every stage packs the same micro-batches itself; between stages only hidden states travel. What is done with the
-logprobs of a micro-batch happens on the last stage alone.
+probabilities of a micro-batch's tokens happens on the last stage alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from allele_trainer.bank.shard import Shard
 from allele_trainer.lora.linear import AdaptedLinear
 from allele_trainer.model.batch import PackedBatch
 from allele_trainer.model.config import BaseConfig
+from allele_trainer.model.distribution import Distribution, distribution
 from allele_trainer.model.experts import GroupedExperts
-from allele_trainer.model.logprobs import target_logprobs
 from allele_trainer.model.packed import PackedGPTModel
 from allele_trainer.parallel import Ranks
 
@@ -71,26 +71,27 @@ class BaseModel:
 
     def logprobs(self, batch: PackedBatch, targets: Tensor) -> Tensor:
         """fp32 `[n]` log-probabilities of `targets` under the first n rows; where there is one stage."""
-        return self._logprobs(self._forward(batch), targets)
+        return self._distribution(self._forward(batch), targets).at(targets)
 
     def run(
         self,
         items: Sequence[Item],
         *,
         prepare: Callable[[Item], PackedBatch],
-        loss: Callable[[Item, Tensor], Tensor],
+        loss: Callable[[Item, PackedBatch, Distribution], Tensor],
         backward: bool,
     ) -> None:
         """Put each item's batch through the model, in order; collective over the ranks of all stages.
 
-        On the last stage `loss` gets the item and its logprobs `[n]`; with `backward` the gradient of the scalar it
-        gives is added to the rows of the batch's plan, on every stage, as it is: nothing is averaged.
+        On the last stage `loss` gets the item, its batch and the distribution at each of the batch's n targets; with
+        `backward` the gradient of the scalar it gives is added to the rows of the batch's plan, on every stage, as it
+        is: nothing is averaged.
         """
         with contextlib.nullcontext() if backward else torch.no_grad():
             if self.ranks.layout.pp == 1:
                 for item in items:
                     batch = prepare(item)
-                    value = loss(item, self.logprobs(batch, batch.targets))
+                    value = loss(item, batch, self._distribution(self._forward(batch), batch.targets))
                     if backward:
                         value.backward()
             elif items:
@@ -101,7 +102,7 @@ class BaseModel:
         items: Sequence[Item],
         *,
         prepare: Callable[[Item], PackedBatch],
-        loss: Callable[[Item, Tensor], Tensor],
+        loss: Callable[[Item, PackedBatch, Distribution], Tensor],
         backward: bool,
     ) -> None:
         """Megatron's 1F1B, which holds at most as many micro-batches in flight as there are stages."""
@@ -111,7 +112,7 @@ class BaseModel:
             batch = prepare(item)
 
             def reduce(output: Tensor) -> tuple[Tensor, Tensor, None]:
-                value = loss(item, self._logprobs(output, batch.targets))
+                value = loss(item, batch, self._distribution(output, batch.targets))
                 # With a token count beside it Megatron leaves the loss alone; with two values it would divide it.
                 return value, torch.ones((), dtype=torch.int, device=self.device), None
 
@@ -132,6 +133,6 @@ class BaseModel:
         output: Tensor = self.gpt(batch.tokens[None], batch.positions[None], None, packed_seq_params=batch)
         return output
 
-    def _logprobs(self, output: Tensor, targets: Tensor) -> Tensor:
+    def _distribution(self, output: Tensor, targets: Tensor) -> Distribution:
         group = parallel_state.get_tensor_model_parallel_group() if self.ranks.layout.tp > 1 else None
-        return target_logprobs(output[0], targets, vocab=self.config.vocab, group=group)
+        return distribution(output[0], rows=targets.numel(), vocab=self.config.vocab, group=group)

@@ -11,27 +11,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from allele_trainer.rl.goals import Goal
 
 PAD = 64
 """Batches and logit rows are padded to a multiple of this."""
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sequence of one slot; `logprobs` are the rollout's, per completion token."""
+    """One sequence of one slot. `goal`: what it is trained towards; None where only its logprobs are wanted.
+
+    `pair`: it and its neighbour with the same number stay together.
+    """
 
     slot: int
     prompt: Sequence[int]
     completion: Sequence[int]
-    logprobs: Sequence[float] = ()
-    advantage: float = 0.0
+    goal: Goal | None = None
+    pair: int | None = None
     experts: npt.NDArray[np.int16] | None = None
     """`[inputs, layers, k]` that the rollout chose; −1 where the router is to choose."""
 
@@ -63,8 +67,8 @@ class Packed:
     """`[n]`"""
     owners: Ints
     """`[n]` slot of each target."""
-    logprobs: Floats
-    advantages: Floats
+    samples: tuple[Sample, ...]
+    """In the order of their targets."""
     routing: npt.NDArray[np.int16] | None
     """`[layers, T, k]` experts, −1 where the router chooses; None when it chooses everywhere."""
     unknown: npt.NDArray[np.bool_]
@@ -109,25 +113,41 @@ class Sized(Protocol):
     def inputs(self) -> int:
         """Tokens that go into the model."""
 
+    @property
+    def pair(self) -> int | None:
+        """The same for two neighbours that one micro-batch must hold."""
+
 
 S = TypeVar("S", bound=Sized)
 
 
 def units_of(samples: Sequence[S], *, max_tokens: int) -> list[list[S]]:
-    """A member's sequences, in order, in parts of at most `max_tokens` input tokens or of one longer sequence.
+    """A member's sequences, in order, in parts of at most `max_tokens` input tokens, or of one longer sequence or pair.
 
     Gradients of a unit are summed by the GEMM, those of units one after the other: which sequences share one decides
     bits, so it follows from the member's own sequences alone.
     """
     units: list[list[S]] = [[]]
     size = 0
-    for sample in samples:
-        if units[-1] and size + sample.inputs > max_tokens:
+    for whole in together(samples):
+        more = sum(s.inputs for s in whole)
+        if units[-1] and size + more > max_tokens:
             units.append([])
             size = 0
-        units[-1].append(sample)
-        size += sample.inputs
+        units[-1].extend(whole)
+        size += more
     return units
+
+
+def together(samples: Sequence[S]) -> list[Sequence[S]]:
+    """One sequence, or the two of a pair, at a time."""
+    found: list[Sequence[S]] = []
+    i = 0
+    while i < len(samples):
+        n = 1 if samples[i].pair is None else 2
+        found.append(samples[i : i + n])
+        i += n
+    return found
 
 
 def pack(samples: Sequence[Sample]) -> Packed:
@@ -157,12 +177,11 @@ def pack(samples: Sequence[Sample]) -> Packed:
         buckets=buckets,
         scatter=scatter,
         rows=np.concatenate([rows, np.zeros(_padded(rows.size) - rows.size, np.int64)]),
-        targets=_flat((s.completion for s in samples), np.int64),
+        targets=np.fromiter(itertools.chain.from_iterable(s.completion for s in samples), np.int64),
         owners=np.repeat(slots, answers),
-        logprobs=_flat((s.logprobs for s in samples), np.float32),
-        advantages=np.repeat(np.array([s.advantage for s in samples], np.float32), answers),
+        samples=tuple(samples),
         routing=_routing(samples, size),
-        unknown=_flat((_unknown(s) for s in samples), np.bool_),
+        unknown=np.fromiter(itertools.chain.from_iterable(_unknown(s) for s in samples), np.bool_),
     )
 
 
@@ -183,8 +202,8 @@ def _unknown(sample: Sample) -> Sequence[bool]:
     """Per completion token."""
     if sample.experts is None:
         return [False] * len(sample.completion)
-    inputs = sample.experts[-len(sample.completion) :]
-    return [bool(token.min() < 0) for token in inputs]
+    chosen: npt.NDArray[np.int16] = sample.experts[-len(sample.completion) :].reshape(len(sample.completion), -1)
+    return [bool(lowest < 0) for lowest in chosen.min(axis=1)]
 
 
 def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:
@@ -208,7 +227,3 @@ def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBuc
 
 def _padded(n: int) -> int:
     return max(PAD, -(-n // PAD) * PAD)
-
-
-def _flat(lists: Iterable[Sequence[float]], dtype: type[Any]) -> npt.NDArray[Any]:
-    return np.fromiter(itertools.chain.from_iterable(lists), dtype)

@@ -4,81 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from allele.protocol.commands import LossSpec, MemberLoss
 from allele_trainer.bank.rows import Bank
 from allele_trainer.lora.plan import plan
 from allele_trainer.model.batch import Carried, PackedBatch, to_device
 from allele_trainer.model.build import BaseModel
+from allele_trainer.model.distribution import Distribution
 from allele_trainer.parallel import Ranks
-from allele_trainer.rl.losses import LOSSES, TokenLoss
-from allele_trainer.rl.packing import Packed, Sample, micro_batches, pack
+from allele_trainer.rl.objective import objective
+from allele_trainer.rl.packing import Packed, Sample, micro_batches, pack, together
+from allele_trainer.rl.references import asks, with_base
+from allele_trainer.rl.sums import Sums
 
 _IN_FLIGHT = 2
 """Parts of a micro-batch per stage of a pipeline: a stage idles (pp − 1) / (parts + pp − 1) of the time."""
 
 
-@dataclasses.dataclass
-class Sums:
-    """Of a member's tokens so far."""
-
-    tokens: int = 0
-    loss: float = 0.0
-    ratio: float = 0.0
-    clipped: float = 0.0
-    gap: float = 0.0
-
-    def add(self, other: Sums) -> None:
-        self.tokens += other.tokens
-        self.loss, self.ratio, self.clipped = (
-            self.loss + other.loss,
-            self.ratio + other.ratio,
-            self.clipped + other.clipped,
-        )
-        self.gap = float(np.maximum(self.gap, other.gap))
-
-    def report(self) -> MemberLoss:
-        n = self.tokens
-        return MemberLoss(
-            tokens=n, loss=self.loss, ratio_mean=self.ratio / n, clip_fraction=self.clipped / n, logprob_gap=self.gap
-        )
-
-
-def train(
-    model: BaseModel, bank: Bank, micro_batch: Sequence[Sample], *, loss: LossSpec, weights: Mapping[int, float]
-) -> dict[int, Sums]:
+def train(model: BaseModel, bank: Bank, micro_batch: Sequence[Sample]) -> dict[int, Sums]:
     """Add the samples' gradients to the gradient rows of their slots; gives each slot's sums.
 
-    `weights`: what a token of each slot counts in its member's loss. Samples in ascending order of slot; all ranks call
-    it with all of them, data ranks compute a share each.
+    Samples in ascending order of slot, each with a goal; all ranks call it with all of them, data ranks compute a share
+    each.
     """
     sums: dict[int, Sums] = {}
 
-    def scalar(packed: Packed, found: Tensor) -> Tensor:
-        old, advantages = (torch.as_tensor(a).to(model.device) for a in (packed.logprobs, packed.advantages))
-        token = LOSSES[loss.kind](found, old, advantages, loss)
-        weight = torch.tensor([weights[s] for s in packed.owners.tolist()], device=model.device)
-        weight[torch.as_tensor(packed.unknown)] = 0
-        for slot, some in _sums(packed, token, weight=weight, gap=(found.detach() - old).abs()).items():
-            sums.setdefault(slot, Sums()).add(some)
-        return (token.loss * weight).sum()
+    def scalar(packed: Packed, batch: PackedBatch, found: Distribution) -> Tensor:
+        value, some = objective(packed, batch.targets, found)
+        for slot, more in some.items():
+            sums.setdefault(slot, Sums()).add(more)
+        return value
 
     def prepare(packed: Packed) -> PackedBatch:
         return _on_device(model, bank, packed, gradients=True)
 
-    batches = [pack(part) for part in _share(micro_batch, model.ranks)]
-    model.run(batches, prepare=prepare, loss=scalar, backward=True)
-    for slot in {slot for packed in batches for slot in _spoiled(packed)}:
+    parts = _share(micro_batch, model.ranks)
+    if any(asks(s) for s in micro_batch):
+        parts = with_base(model, parts)
+    model.run([pack(part) for part in parts], prepare=prepare, loss=scalar, backward=True)
+    for slot in {s.slot for part in parts for s in part if s.goal is not None and not s.goal.finite}:
         bank.spoil(slot)
     return _of_all_ranks(model, sums)
 
 
-def _share(samples: Sequence[Sample], ranks: Ranks) -> list[Sequence[Sample]]:
+def _share(samples: Sequence[Sample], ranks: Ranks) -> Sequence[Sequence[Sample]]:
     """What this data rank computes of a micro-batch: for a pipeline in parts that keep its stages busy.
 
     Ranks that exchange tokens for experts go through the same number of parts, empty ones where need be.
@@ -86,7 +58,7 @@ def _share(samples: Sequence[Sample], ranks: Ranks) -> list[Sequence[Sample]]:
     layout = ranks.layout
     shares: list[list[Sequence[Sample]]] = []
     for rank in range(layout.dp):
-        mine = samples[rank :: layout.dp]
+        mine = [s for whole in together(samples)[rank :: layout.dp] for s in whole]
         tokens = -(-sum(s.inputs for s in mine) // (_IN_FLIGHT * layout.pp))
         shares.append([mine] if layout.pp == 1 else list(micro_batches(mine, max_tokens=tokens)))
     parts = shares[ranks.data_rank]
@@ -95,16 +67,24 @@ def _share(samples: Sequence[Sample], ranks: Ranks) -> list[Sequence[Sample]]:
     return [p for p in parts if p]
 
 
-def logprobs(model: BaseModel, bank: Bank, samples: Sequence[Sample], *, max_tokens: int) -> dict[int, list[float]]:
-    """Log-probabilities of each slot's completion tokens, in the order of its samples; all ranks compute all."""
+def logprobs(
+    model: BaseModel, bank: Bank | None, samples: Sequence[Sample], *, max_tokens: int
+) -> dict[int, list[float]]:
+    """Log-probabilities of each slot's completion tokens, in the order of its samples; all ranks compute all.
+
+    Without a bank they are the base's, and slots are any numbers.
+    """
     result: dict[int, list[float]] = {}
 
-    def keep(packed: Packed, values: Tensor) -> Tensor:
+    def keep(packed: Packed, batch: PackedBatch, found: Distribution) -> Tensor:
+        values = found.at(batch.targets)
         for slot, value in zip(packed.owners.tolist(), values.tolist(), strict=True):
             result.setdefault(slot, []).append(value)
         return values.sum()
 
     def prepare(item: Packed) -> PackedBatch:
+        if bank is None:
+            return to_device(item, plan=None, device=model.device)
         return _on_device(model, bank, item, gradients=False)
 
     batches = [pack(b) for b in micro_batches(samples, max_tokens=max_tokens)]
@@ -129,13 +109,6 @@ def _of_all_ranks(model: BaseModel, sums: dict[int, Sums]) -> dict[int, Sums]:
     return total
 
 
-def _spoiled(packed: Packed) -> list[int]:
-    """Slots with an input that is not finite: some of these (a logprob of ∞) would give a finite gradient."""
-    finite = np.isfinite(packed.logprobs) & np.isfinite(packed.advantages)
-    found: list[int] = np.unique(packed.owners[~finite]).tolist()
-    return found
-
-
 def _on_device(model: BaseModel, bank: Bank, packed: Packed, *, gradients: bool) -> PackedBatch:
     ranks, size = model.ranks, packed.tokens.size
     chunk = (ranks.place.tp_rank, ranks.place.tp) if ranks.sequence_parallel else (0, 1)
@@ -147,17 +120,3 @@ def _on_device(model: BaseModel, bank: Bank, packed: Packed, *, gradients: bool)
             owners[begin:end] = slot
         carried = Carried((bank,), owners.to(model.device), gradients)
     return to_device(packed, plan=routes, device=model.device, carried=carried)
-
-
-def _sums(packed: Packed, token: TokenLoss, *, weight: Tensor, gap: Tensor) -> dict[int, Sums]:
-    """Of each slot's tokens, which lie side by side; NaN stays NaN."""
-    first = np.flatnonzero(np.diff(packed.owners, prepend=-1))
-    loss, ratio, clipped, gaps = (
-        t.detach().double().cpu().numpy() for t in (token.loss * weight, token.ratio, token.clipped, gap)
-    )
-    totals = [np.add.reduceat(v, first) for v in (np.ones_like(loss), loss, ratio, clipped)]
-    peaks = np.maximum.reduceat(gaps, first)
-    return {
-        slot: Sums(int(n), float(a), float(b), float(c), float(peak))
-        for slot, n, a, b, c, peak in zip(packed.owners[first].tolist(), *totals, peaks, strict=True)
-    }

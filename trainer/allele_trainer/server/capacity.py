@@ -14,17 +14,20 @@ import dataclasses
 import gc
 import pathlib
 
+import numpy as np
 import torch
 
 from allele.format import AdapterShape
 from allele.format.shape import TARGETS
-from allele.protocol.commands import LossSpec, OptimizerSpec
+from allele.protocol.commands import OptimizerSpec
+from allele.protocol.losses import PolicyLoss
 from allele_trainer.bank.host import free_memory
 from allele_trainer.bank.rows import Bank
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import initial
 from allele_trainer.bank.step import Update, step
 from allele_trainer.model.build import BaseModel
+from allele_trainer.rl.goals import Goal
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import train
 
@@ -117,8 +120,7 @@ class _Try:
             bank.store(slot, self._row, scale=1.0)
         wave = waves_of(slots, self._model.device)
         samples = self._samples(wave)
-        used = sorted({s.slot for s in samples})
-        train(self._model, bank, samples, loss=LossSpec(), weights=dict.fromkeys(used, 1.0))
+        train(self._model, bank, samples)
         for slot in range(wave):
             bank.gradient_row(slot)
         step(bank, [Update(slot, 1e-3, OptimizerSpec()) for slot in range(wave)], ranks=self._model.ranks)
@@ -143,7 +145,9 @@ class _Try:
         length = min(_LENGTH, self._model.config.context, self._tokens + 1)
         count = max(1, self._tokens // (length - 1))
         members = [i * wave // count for i in range(count)]
-        return [Sample(slot, [0], [0] * (length - 1), [0.0] * (length - 1), 1.0) for slot in members]
+        numbers = np.zeros(length - 1, np.float32)
+        goal = Goal(PolicyLoss(), 1.0, rollout=numbers, advantages=numbers + 1)
+        return [Sample(slot, [0], [0] * (length - 1), goal) for slot in members]
 
 
 class _Meter:

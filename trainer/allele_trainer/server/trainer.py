@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -121,7 +122,7 @@ class Trainer:
     def begin(self, command: c.ForwardBackward, batch: pa.Table) -> Work:
         """Validate a forward_backward and cut it into units for `train`; nothing is computed yet."""
         run = self._run(command.header)
-        samples = read_samples(batch, members=run.admitted, config=self.model.config)
+        samples = read_samples(batch, losses=command.losses, members=run.admitted, config=self.model.config)
         work = work_of(command, samples, run.tables, max_tokens=self.limits.max_tokens)
         for member in work.sums:
             run.tables[member].page(Key(command.header.run, member)).pending = True
@@ -133,25 +134,38 @@ class Trainer:
         Raises what the store raises, or Overloaded, before anything is computed.
         """
         by_table: dict[int, list[Part]] = {}
-        by_pass: dict[tuple[int, c.LossSpec], list[Part]] = {}
         for part in parts:
             by_table.setdefault(id(part.table), []).append(part)
-            by_pass.setdefault((id(part.table), part.work.loss), []).append(part)
         for some in by_table.values():  # what may fail comes before what cannot be undone
             some[0].table.resident([p.key for p in some], gradients=True)
-        for (_, loss), some in by_pass.items():
+        self._learn([p for p in parts if p.key.member not in p.work.goals])
+        for some in by_table.values():
             table = some[0].table
             slots = table.resident([p.key for p in some], gradients=True)
             order = sorted(zip(slots, some, strict=True), key=lambda pair: pair[0])
             samples = [
-                Sample(slot, s.prompt, s.completion, s.logprobs, s.advantage, s.experts)
+                Sample(slot, s.prompt, s.completion, goal, s.pair, s.experts)
                 for slot, p in order
-                for s in p.samples
+                for s, goal in zip(p.samples, p.goals(), strict=True)
             ]
-            weights = {slot: p.work.weights[p.key.member] for slot, p in order}
-            sums = train(self.model, table.bank, samples, loss=loss, weights=weights)
+            sums = train(self.model, table.bank, samples)
             for slot, part in order:
                 part.work.sums[part.key.member].add(sums[slot])
+
+    def _learn(self, parts: Sequence[Part]) -> None:
+        """Ask the base about all samples of members whose rewards depend on it, before the first of them is trained."""
+        questions = [
+            Sample(i, s.prompt, s.completion, experts=s.experts)
+            for i, p in enumerate(parts)
+            for s in p.work.samples[p.key.member]
+        ]
+        if not questions:
+            return
+        found = logprobs(self.model, None, questions, max_tokens=self.limits.max_tokens)
+        for i, part in enumerate(parts):
+            lengths = [len(s.completion) for s in part.work.samples[part.key.member]]
+            flat = np.array(found[i], np.float32)
+            part.work.learn(part.key.member, np.split(flat, np.cumsum(lengths)[:-1]))
 
     def optim_step(self, command: c.OptimStep) -> c.OptimStepDone:
         run, rates = self._run(command.header), command.learning_rates

@@ -1,0 +1,82 @@
+"""What a member's tokens add up to over micro-batches and ranks, and the report made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from allele.protocol.losses import DistillationLoss, LossSpec, MemberLoss, PolicyLoss, PreferenceLoss
+from allele_trainer.rl.losses import Terms, Tokens
+
+
+@dataclasses.dataclass
+class Sums:
+    """Over a member's tokens so far; `gap` is a maximum. NaN stays NaN."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    entropy: float = 0.0
+    ratio: float = 0.0
+    clipped: float = 0.0
+    rejected: float = 0.0
+    kl: float = 0.0
+    ranked: float = 0.0
+    """Weighted as the loss."""
+    gap: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        for field in dataclasses.fields(self):
+            mine, more = getattr(self, field.name), getattr(other, field.name)
+            setattr(self, field.name, float(np.maximum(mine, more)) if field.name == "gap" else mine + more)
+
+    def report(self, loss: LossSpec) -> MemberLoss:
+        """What the member's loss can tell."""
+        n = self.tokens
+        policy = isinstance(loss, PolicyLoss)
+        with_kl = isinstance(loss, DistillationLoss) or (isinstance(loss, PolicyLoss) and loss.kl is not None)
+        corrected = isinstance(loss, PolicyLoss) and loss.correction is not None
+        return MemberLoss(
+            tokens=n,
+            loss=self.loss,
+            entropy=self.entropy / n,
+            ratio_mean=self.ratio / n if policy else None,
+            clip_fraction=self.clipped / n if policy else None,
+            logprob_gap=self.gap if policy else None,
+            rejected_fraction=self.rejected / n if corrected else None,
+            kl=self.kl / n if with_kl else None,
+            accuracy=self.ranked if isinstance(loss, PreferenceLoss) else None,
+        )
+
+
+def sums_of(tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, owners: Sequence[int]) -> dict[int, Sums]:
+    """By slot. `weight`, `entropy` `[n]`; `owners` `[n]`: slot of each token, those of a slot side by side."""
+    slots = np.array(owners, np.int64)
+    first = np.flatnonzero(np.diff(slots, prepend=-1))
+    gap = None if tokens.rollout is None else (tokens.logprobs - tokens.rollout).abs()
+    ranked = None if terms.ranked is None else terms.ranked * weight
+
+    def total(values: Tensor | None, reduce: np.ufunc = np.add) -> list[float]:
+        if values is None:
+            return [0.0] * first.size
+        found: list[float] = reduce.reduceat(values.detach().double().cpu().numpy(), first).tolist()
+        return found
+
+    columns = {
+        "loss": total(terms.loss * weight),
+        "entropy": total(entropy),
+        "ratio": total(terms.ratio),
+        "clipped": total(terms.clipped),
+        "rejected": total(terms.rejected),
+        "kl": total(terms.kl),
+        "ranked": total(ranked),
+        "gap": total(gap, np.maximum),
+    }
+    counts = np.diff(first, append=slots.size).tolist()
+    rows = zip(*columns.values(), strict=True)
+    return {
+        slot: Sums(tokens=n, **dict(zip(columns, row, strict=True)))
+        for slot, n, row in zip(slots[first].tolist(), counts, rows, strict=True)
+    }
