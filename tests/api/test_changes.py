@@ -87,7 +87,7 @@ def test_a_pool_scales_like_a_deployment(kubectl: Kubectl) -> None:
 def test_defaults_are_in_the_stored_object(kubectl: Kubectl) -> None:
     spec = json.loads(kubectl.ok("get", "rlr", "changes", "-o=json"))["spec"]
     assert spec["pace"] == {"maxPolicyLag": 0}
-    assert spec["groups"][0]["algorithm"]["clipHigh"] == 0.28
+    assert spec["groups"][0]["algorithm"] == {"name": "GRPO", "promptsPerStep": 4}
     assert spec["checkpoints"] == {"everySteps": 1}
     assert "code" not in spec
     pool = json.loads(kubectl.ok("get", "bp", "changes", "-o=json"))["spec"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from allele.api.algorithm import Name
 from tests.api.kubectl import Kubectl
 from tests.api.manifests import SPECS, TRAIN, manifest
 
@@ -87,7 +88,42 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("RLRun", {"groups__0__optimizer__learningRate": 0}, "should be greater than 0"),
     ("RLRun", {"groups__0__optimizer__beta1": 1}, "should be less than 1"),
     ("RLRun", {"groups__0__algorithm": {"name": "PPO"}}, 'Unsupported value: "PPO"'),
-    ("RLRun", {"groups__0__algorithm": {"groupSize": 1}}, "should be greater than or equal to 2"),
+    ("RLRun", {"groups__0__algorithm": {"groupSize": 0}}, "should be greater than or equal to 1"),
+    ("RLRun", {"groups__0__algorithm": {"groupSize": 1}}, "groupSize must be at least 2 with GRPO, DrGRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "SFT", "groupSize": 4}}, "groupSize goes with GRPO, DrGRPO, DAPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "CISPO", "clipLow": 0.1}}, "clipLow goes with GRPO, DrGRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "DPO", "clipHigh": 0.1}}, "clipHigh goes with GRPO, DrGRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "GSPO", "mean": "Token"}}, "mean goes with GRPO, DrGRPO, DAPO, CISPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "SFT", "oldPolicy": "Trainer"}}, "oldPolicy goes with GRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "SFT", "correction": {"kind": "MIS"}}}, "correction goes with GRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "Distillation", "kl": {"coefficient": 1}}}, "kl goes with GRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "REINFORCE++", "refills": 1}}, "refills goes with GRPO"),
+    ("RLRun", {"groups__0__algorithm": {"name": "SFT", "overlong": {}}}, "overlong goes with GRPO"),
+    ("RLRun", {"groups__0__algorithm": {"beta": 0.1}}, "beta goes with DPO only"),
+    ("RLRun", {"groups__0__algorithm": {"divergence": "Reverse"}}, "divergence goes with Distillation only"),
+    ("RLRun", {"groups__0__algorithm": {"teacher": "Base"}}, "teacher goes with Distillation only"),
+    ("RLRun", {"groups__0__algorithm": {"topK": 4}}, "topK goes with Distillation only"),
+    ("RLRun", {"groups__0__algorithm": {"correction": {"kind": "TIS"}}}, "correction TIS needs oldPolicy Trainer"),
+    (
+        "RLRun",
+        {"groups__0__algorithm": {"correction": {"kind": "MIS", "low": 0.5, "high": 0.5}}},
+        "low (0.5 with IcePop and Rejection if it is not given) must be less than high",
+    ),
+    (
+        "RLRun",
+        {"groups__0__algorithm": {"correction": {"kind": "IcePop", "high": 0.4}}},
+        "low (0.5 with IcePop and Rejection if it is not given) must be less than high",
+    ),
+    (
+        "RLRun",
+        {"groups__0__algorithm": {"kl": {"coefficient": 0.1, "estimator": "K1"}}},
+        "kl.estimator K1 goes with REINFORCE++ only: use K2 or K3",
+    ),
+    (
+        "RLRun",
+        {"groups__0__optimizer": {"learningRate": 0.1, "warmupSteps": 9, "horizon": 9}},
+        "warmupSteps must be less than horizon",
+    ),
     ("RLRun", {"pace__maxPolicyLag": 65}, "should be less than or equal to 64"),
     ("RLRun", {"startFrom__revision": "Oldest"}, 'Unsupported value: "Oldest"'),
     ("RLRun", {"stop": None}, "spec.stop: Required value"),
@@ -107,6 +143,25 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("RLRun", {"groups": [_train(range={"count": 4}), _train(range={"first": 4, "count": 2})]}),
     ("RLRun", {"groups": [_train(range={"count": 4}), _train(names=["g-0009"])]}),
     ("RLRun", {"groups": [_train(), {**TRAIN, "select": {"group": "h"}}]}),
+    *(("RLRun", {"groups__0__algorithm": {"name": name}}) for name in get_args(Name)),
+    *(("RLRun", {"groups__0__algorithm": {"name": name, "groupSize": 1}}) for name in ("REINFORCE++", "Distillation")),
+    (
+        "RLRun",
+        {
+            "groups__0__algorithm": {
+                "name": "REINFORCE++",
+                "oldPolicy": "Trainer",
+                "correction": {"kind": "TIS", "level": "Geometric", "high": 2},
+                "kl": {"coefficient": 0.1, "estimator": "K1"},
+            }
+        },
+    ),
+    ("RLRun", {"groups__0__algorithm": {"correction": {"kind": "MIS", "high": 0.4}}}),
+    ("RLRun", {"groups__0__algorithm": {"name": "Distillation", "teacher": "Environment", "topK": 4, "mean": "Token"}}),
+    (
+        "RLRun",
+        {"groups__0__optimizer": {"learningRate": 0.1, "schedule": "Cosine", "warmupSteps": 8, "horizon": 9}},
+    ),
     ("RLRun", {"groups__0__environment__path": "exact-match", "pace__cohort": 4, "code": {"configMap": "c"}}),
 ]
 
