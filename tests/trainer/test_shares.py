@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allele.protocol.commands import Mode
 from allele_trainer.server.shares import Shares, Unit
 
 MOST = 100
@@ -62,10 +64,13 @@ def test_a_run_with_work_gets_as_much_as_those_with_endless_work(tokens: list[in
         assert got["a"] == sum(tokens) or got["a"] >= min(n for r, n in got.items() if r != "a") - MOST
 
 
-def test_runs_take_turns_with_units_that_fill_a_micro_batch() -> None:
+@pytest.mark.parametrize("single", ["", "c", "bc"])
+@pytest.mark.parametrize("alone", ["", "c"])
+def test_runs_take_turns_with_units_that_fill_a_micro_batch(single: str, alone: str) -> None:
     shares: Shares[int] = Shares(max_tokens=MOST, max_members=1000)
     for name in "abc":
-        shares.add(name, units_of(name, [MOST] * 4))
+        mode: Mode = "OneByOne" if name in single else "Batched"
+        shares.add(name, units_of(name, [MOST] * 4), mode=mode, alone=name in alone)
     order = [batch[0][0] for batch in drained(shares)]
     assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 12, 3))
 
