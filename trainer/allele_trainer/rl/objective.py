@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,8 +14,28 @@ from allele.protocol.losses import LossSpec
 from allele_trainer.model.distribution import Distribution
 from allele_trainer.rl.goals import Goal
 from allele_trainer.rl.losses import LOSSES, Sequences, Teacher, Tokens
-from allele_trainer.rl.packing import Packed, Sample
+from allele_trainer.rl.packing import Packed
 from allele_trainer.rl.sums import Sums, sums_of
+
+
+@dataclasses.dataclass
+class _Alike:
+    """Samples of a micro-batch with the same loss, in its order: slot, first target, number of targets and goal."""
+
+    slots: list[int] = dataclasses.field(default_factory=list)
+    starts: list[int] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    goals: list[Goal] = dataclasses.field(default_factory=list)
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """`[m]` places of their targets among all of the micro-batch."""
+        lengths = np.array(self.lengths)
+        ends = np.cumsum(lengths)
+        return np.arange(ends[-1]) + np.repeat(np.array(self.starts) - (ends - lengths), lengths)
+
+    def spread(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
+        """A value of each sample → `[m]`."""
+        return np.repeat(np.array(values, np.float64), self.lengths)
 
 
 def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tuple[Tensor, dict[int, Sums]]:
@@ -26,64 +48,55 @@ def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tu
     found = distribution.at(targets)
     # Tokens that were routed otherwise than in the rollout count for nothing, in ratios of sequences neither.
     logprobs = torch.where(unknown, found.detach(), found)
-    by_loss: dict[LossSpec, list[tuple[Sample, Goal, int]]] = {}
-    start = 0
-    for sample in packed.samples:
-        assert sample.goal is not None, "trained samples have goals"
-        by_loss.setdefault(sample.goal.loss, []).append((sample, sample.goal, start))
-        start += len(sample.completion)
     total = logprobs[:0].sum()  # of the graph, also where there is no sample
     sums: dict[int, Sums] = {}
-    for loss, some in by_loss.items():
-        rows = _rows(some).to(targets.device)
-        tokens = _tokens([goal for _, goal, _ in some], _lengths(some), logprobs, distribution, rows)
+    for loss, some in _by_loss(packed).items():
+        rows = torch.as_tensor(some.rows()).to(targets.device)
+        tokens = _tokens(some, logprobs, distribution, rows)
         terms = LOSSES[loss.kind](tokens, loss)
-        weight = (
-            _spread([goal.weight for _, goal, _ in some], _lengths(some))
-            .to(logprobs)
-            .masked_fill(unknown.index_select(0, rows), 0.0)
-        )
-        owners = np.repeat([s.slot for s, _, _ in some], _lengths(some)).tolist()
-        sums.update(
-            sums_of(tokens, terms, weight=weight, entropy=distribution.entropy.index_select(0, rows), owners=owners)
-        )
+        weight = torch.as_tensor(some.spread([g.weight for g in some.goals])).to(logprobs)
+        weight = weight.masked_fill(unknown.index_select(0, rows), 0.0)
+        entropy = distribution.entropy.index_select(0, rows)
+        owners = np.repeat(some.slots, some.lengths)
+        sums.update(sums_of(tokens, terms, weight=weight, entropy=entropy, owners=owners))
         total = total + (terms.loss * weight).sum()
     return total, sums
 
 
-def _lengths(some: Sequence[tuple[Sample, Goal, int]]) -> list[int]:
-    return [len(s.completion) for s, _, _ in some]
+def _by_loss(packed: Packed) -> dict[LossSpec, _Alike]:
+    found: dict[LossSpec, _Alike] = {}
+    start = 0
+    for sample in packed.samples:
+        assert sample.goal is not None, "trained samples have goals"
+        some = found.setdefault(sample.goal.loss, _Alike())
+        length = len(sample.completion)
+        some.slots.append(sample.slot)
+        some.starts.append(start)
+        some.lengths.append(length)
+        some.goals.append(sample.goal)
+        start += length
+    return found
 
 
-def _rows(some: Sequence[tuple[Sample, Goal, int]]) -> Tensor:
-    """`[m]` places of these samples' tokens among all targets."""
-    return torch.cat([torch.arange(start, start + len(s.completion)) for s, _, start in some])
+def _tokens(some: _Alike, logprobs: Tensor, distribution: Distribution, rows: Tensor) -> Tokens:
+    """What the loss is given: goals of one loss have the same kinds of numbers."""
+    device, goals = logprobs.device, some.goals
 
-
-def _spread(values: Sequence[float], lengths: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
-
-
-def _tokens(
-    goals: Sequence[Goal], lengths: Sequence[int], logprobs: Tensor, distribution: Distribution, rows: Tensor
-) -> Tokens:
-    """All of these goals have the same loss, and so the same kinds of numbers."""
-    device = logprobs.device
-
-    def joined(parts: list[np.ndarray | None]) -> Tensor | None:
+    def joined(parts: list[npt.NDArray[np.float32] | None]) -> Tensor | None:
         there = [p for p in parts if p is not None]
         return torch.as_tensor(np.concatenate(there)).to(device) if len(there) == len(parts) else None
 
-    ids = joined([g.lesson.ids if g.lesson else None for g in goals])
-    lesson = joined([g.lesson.logprobs if g.lesson else None for g in goals])
+    lessons = [g.lesson for g in goals if g.lesson is not None]
     teacher = None
-    if ids is not None and lesson is not None:
-        complete = ids.shape[1] == distribution.vocab
-        teacher = Teacher(lesson, distribution.at(ids, rows=rows), complete)
-    counts = torch.tensor(lengths)
+    if len(lessons) == len(goals):
+        ids = torch.as_tensor(np.concatenate([lesson.ids for lesson in lessons])).to(device)
+        taught = torch.as_tensor(np.concatenate([lesson.logprobs for lesson in lessons])).to(device)
+        teacher = Teacher(taught, distribution.at(ids, rows=rows), complete=ids.shape[1] == distribution.vocab)
+    lengths = torch.tensor(some.lengths)
+    index = torch.repeat_interleave(torch.arange(len(goals)), lengths).to(device)
     return Tokens(
         logprobs.index_select(0, rows),
-        Sequences(torch.repeat_interleave(torch.arange(len(lengths)), counts).to(device), counts.to(logprobs)),
+        Sequences(index, lengths.to(logprobs)),
         rollout=joined([g.rollout for g in goals]),
         advantages=joined([g.advantages for g in goals]),
         reference=joined([g.reference for g in goals]),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from allele.protocol.losses import DistillationLoss, LossSpec, MemberLoss, PolicyLoss, PreferenceLoss
@@ -28,9 +28,15 @@ class Sums:
     gap: float = 0.0
 
     def add(self, other: Sums) -> None:
-        for field in dataclasses.fields(self):
-            mine, more = getattr(self, field.name), getattr(other, field.name)
-            setattr(self, field.name, float(np.maximum(mine, more)) if field.name == "gap" else mine + more)
+        self.tokens += other.tokens
+        self.loss += other.loss
+        self.entropy += other.entropy
+        self.ratio += other.ratio
+        self.clipped += other.clipped
+        self.rejected += other.rejected
+        self.kl += other.kl
+        self.ranked += other.ranked
+        self.gap = float(np.maximum(self.gap, other.gap))
 
     def report(self, loss: LossSpec) -> MemberLoss:
         """What the member's loss can tell."""
@@ -51,10 +57,11 @@ class Sums:
         )
 
 
-def sums_of(tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, owners: Sequence[int]) -> dict[int, Sums]:
+def sums_of(
+    tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, owners: npt.NDArray[np.int64]
+) -> dict[int, Sums]:
     """By slot. `weight`, `entropy` `[n]`; `owners` `[n]`: slot of each token, those of a slot side by side."""
-    slots = np.array(owners, np.int64)
-    first = np.flatnonzero(np.diff(slots, prepend=-1))
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
     gap = None if tokens.rollout is None else (tokens.logprobs - tokens.rollout).abs()
     ranked = None if terms.ranked is None else terms.ranked * weight
 
@@ -74,9 +81,9 @@ def sums_of(tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, ow
         "ranked": total(ranked),
         "gap": total(gap, np.maximum),
     }
-    counts = np.diff(first, append=slots.size).tolist()
+    counts = np.diff(first, append=owners.size).tolist()
     rows = zip(*columns.values(), strict=True)
     return {
         slot: Sums(tokens=n, **dict(zip(columns, row, strict=True)))
-        for slot, n, row in zip(slots[first].tolist(), counts, rows, strict=True)
+        for slot, n, row in zip(owners[first].tolist(), counts, rows, strict=True)
     }
