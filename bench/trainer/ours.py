@@ -1,0 +1,83 @@
+"""Our trainer as a driver meets it, without the socket: bodies in, replies out, through the executor's own thread."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+
+from pydantic import BaseModel
+
+from allele.protocol import commands as c
+from allele.protocol import samples
+from allele.protocol.losses import PolicyLoss
+from allele.store import PopulationStore
+from allele_trainer.model.build import BaseModel as FrozenModel
+from allele_trainer.server.executor import Executor
+from allele_trainer.server.metrics import Metrics
+from allele_trainer.server.session import Sessions
+from allele_trainer.server.store import RunStore
+from allele_trainer.server.trainer import Limits, Trainer
+from bench.trainer.workload import ALPHA, CLIP, CLIP_HIGH, CLIP_LOW, RANK, RATE, TARGETS, Workload
+
+MAX_TOKENS = 4096
+
+
+class Ours:
+    """`step`: admit, forward_backward and optim_step of all members."""
+
+    name = "allele"
+    scale = 1.0
+
+    def __init__(self, model: FrozenModel, work: Workload, *, store: pathlib.Path, slots: int | None = None) -> None:
+        found = PopulationStore.open(f"file://{store}", namespace="bench", population="members")
+        held = slots or work.members
+        limits = Limits(slots=held, wave=held, max_rank=RANK, max_tokens=MAX_TOKENS, host_memory=8 << 30)
+        self.trainer = Trainer(model, open_store=lambda _namespace, _name: RunStore(found), limits=limits)
+        self._executor = Executor(
+            self.trainer, sessions=Sessions("bench"), base_digest="sha256:bench", metrics=Metrics()
+        )
+        self._executor.start()
+        self._seq = itertools.count(1)
+        self._members = [f"m{i}" for i in range(work.members)]
+        self._columns = _columns(work, self._members)
+        self._reset()
+        self.mode = ""
+
+    def step(self) -> None:
+        self._send("admit", c.Admit(header=self._header(), members=tuple(self._members)))
+        loss = PolicyLoss(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+        command = c.ForwardBackward(header=self._header(), losses=(loss,))
+        body = samples.encode(command, samples.TRAIN, self._columns)
+        reply = self._executor.submit("forward_backward", body).result()
+        self.mode = c.ForwardBackwardDone.model_validate_json(reply).mode
+        self._send("optim_step", c.OptimStep(header=self._header(), learning_rates=dict.fromkeys(self._members, RATE)))
+
+    def close(self) -> None:
+        self._executor.stop()
+
+    def _reset(self) -> None:
+        adapter = c.AdapterSpec(rank=RANK, alpha=ALPHA, targets=TARGETS)
+        rule = c.OptimizerSpec(clip=CLIP)
+        starts = tuple(
+            c.MemberStart(member=m, adapter=adapter, optimizer=rule, seed=i) for i, m in enumerate(self._members)
+        )
+        self._send("reset", c.Reset(run="run", epoch=1, namespace="bench", population="members", members=starts))
+
+    def _header(self) -> c.Header:
+        return c.Header(run="run", epoch=1, incarnation="bench", seq=next(self._seq))
+
+    def _send(self, name: str, command: BaseModel) -> None:
+        self._executor.submit(name, command.model_dump_json().encode()).result()
+
+
+def _columns(work: Workload, members: list[str]) -> dict[str, list[object]]:
+    ids, old, advantages = work.ids().tolist(), work.logprobs().tolist(), work.advantages().tolist()
+    at = [(i, j) for i in range(work.members) for j in range(work.tokens // work.length)]
+    return {
+        "member": [members[i] for i, _ in at],
+        "loss": [0] * len(at),
+        "prompt": [ids[i][j][: work.prompt] for i, j in at],
+        "completion": [ids[i][j][work.prompt :] for i, j in at],
+        "logprobs": [old[i][j] for i, j in at],
+        "advantage": [advantages[i][j] for i, j in at],
+    }
