@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ from allele_driver.tokenizer import HfTokenizer, stop_tokens
 
 CONCURRENT_REQUESTS = 4
 """Requests in flight: a request holds all prompts of one member, and engines batch best by adapter."""
+PATIENCE = 180.0
+"""Seconds that an endpoint may answer 503: an engine takes one or two minutes to start."""
 
 
 class Evaluation(BaseModel):
@@ -67,14 +70,22 @@ class Endpoint:
         self._gate = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
     async def complete(self, model: str, prompts: Sequence[str]) -> list[tuple[str, str]]:
-        """(text, finish_reason) of each prompt. Raises Failure with the server's words."""
-        async with (
-            self._gate,
-            self._session.post(self._url, json={"model": model, "prompt": list(prompts), **self._options}) as reply,
-        ):
-            if reply.status != 200:
-                raise Failure(f"{self._url}: model {model}: HTTP {reply.status}: {(await reply.text())[:500]}")
-            choices = (await reply.json())["choices"]
+        """(text, finish_reason) of each prompt. Raises Failure with the server's words.
+
+        An engine that still starts is waited for.
+        """
+        body = {"model": model, "prompt": list(prompts), **self._options}
+        until = time.monotonic() + PATIENCE
+        async with self._gate:
+            while True:
+                async with self._session.post(self._url, json=body) as reply:
+                    if reply.status == 200:
+                        choices = (await reply.json())["choices"]
+                        break
+                    told = f"{self._url}: model {model}: HTTP {reply.status}: {(await reply.text())[:500]}"
+                if reply.status != 503 or time.monotonic() > until:
+                    raise Failure(told)
+                await asyncio.sleep(2.0)
         ordered = sorted(choices, key=lambda c: int(c["index"]))
         return [(str(c["text"]), str(c["finish_reason"])) for c in ordered]
 

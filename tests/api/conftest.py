@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 
 from tests.api.kubectl import Kubectl
+from tests.quiet import operators_stopped
 
 CRDS = Path(__file__).parents[2] / "crds"
 
 
-@pytest.fixture(scope="session")
-def definitions(kubeconfig: Path) -> Path:
-    """The kubeconfig of a cluster that has our definitions as the folder crds/ says."""
+@pytest.fixture(scope="package")
+def definitions(kubeconfig: Path) -> Iterator[Path]:
+    """The kubeconfig of a cluster that has our definitions as the folder crds/ says, and nobody who acts on them."""
     kubectl = Kubectl(kubeconfig, "default")
     kubectl.ok("apply", "--server-side", "--force-conflicts", "--validate=strict", f"--filename={CRDS}")
     kubectl.ok("wait", "--for=condition=Established", "--timeout=30s", f"--filename={CRDS}")
-    return kubeconfig
+    with operators_stopped(kubeconfig):
+        yield kubeconfig
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def kubectl(definitions: Path) -> Iterator[Kubectl]:
     """In a namespace of its own."""
     namespace = f"api-{uuid.uuid4().hex[:8]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from botocore.config import Config
 
 from tests.operator.operator_harness import RESTRICTED, ROOT, Cluster, OperatorProcess, Team
+from tests.quiet import operators_stopped
 
 StartOperator = Callable[..., OperatorProcess]
 
@@ -32,20 +32,8 @@ def cluster(kubeconfig: Path) -> Iterator[Cluster]:
     found.run("label", "--overwrite", *crds, HELM_LABEL)
     found.run("annotate", "--overwrite", *crds, *HELM_RELEASE)
     found.run("wait", "--for=condition=Established", *crds, "--timeout=30s")
-    label = "app.kubernetes.io/name=allele-operator"
-    installed = json.loads(found.run("get", "deployment", "-A", "-l", label, "-o", "json"))["items"]
-    for d in installed:
-        _scale(found, d, 0)
-    if installed:
-        found.run("wait", "--for=delete", "pod", "-A", "-l", label, "--timeout=60s")
-    yield found
-    for d in installed:
-        _scale(found, d, d["spec"]["replicas"])
-
-
-def _scale(cluster: Cluster, deployment: dict[str, Any], replicas: int) -> None:
-    head = deployment["metadata"]
-    cluster.run("-n", head["namespace"], "scale", "deployment", head["name"], f"--replicas={replicas}")
+    with operators_stopped(kubeconfig):
+        yield found
 
 
 @pytest.fixture(scope="package")

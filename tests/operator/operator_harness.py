@@ -243,6 +243,13 @@ class OperatorProcess:
     def dead(self) -> bool:
         return self.process.poll() is not None
 
+    def dies_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def tail(self) -> str:
         return self.log.read_text()[-3000:] if self.log.exists() else ""
 
