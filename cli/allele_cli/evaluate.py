@@ -27,6 +27,7 @@ from allele_cli.resources import load
 from allele_driver.environments import Completion, Environment, MemberView, Prompt, Score
 from allele_driver.environments.load import build
 from allele_driver.members import Member, members_of, select
+from allele_driver.recipes import view
 from allele_driver.tokenizer import HfTokenizer, stop_tokens
 
 CONCURRENT_REQUESTS = 4
@@ -82,10 +83,11 @@ class Endpoint:
                     if reply.status == 200:
                         choices = (await reply.json())["choices"]
                         break
+                    pause = float(reply.headers.get("Retry-After", "2"))
                     told = f"{self._url}: model {model}: HTTP {reply.status}: {(await reply.text())[:500]}"
                 if reply.status != 503 or time.monotonic() > until:
                     raise Failure(told)
-                await asyncio.sleep(2.0)
+                await asyncio.sleep(pause)
         ordered = sorted(choices, key=lambda c: int(c["index"]))
         return [(str(c["text"]), str(c["finish_reason"])) for c in ordered]
 
@@ -94,7 +96,7 @@ class Judge:
     """One part of a run: its environment, and its members as the environment sees them."""
 
     def __init__(self, part: TrainGroup, members: Sequence[Member], tokenizer: HfTokenizer, *, prompts: int, seed: int):
-        self.members = [MemberView(name=m.name, group=m.group, index=m.index, parameters=m.parameters) for m in members]
+        self.members = [view(m) for m in members]
         self._environment: Environment = build(part.environment.path, tokenizer, dict(part.environment.parameters))
         self._tokenizer = tokenizer
         drawn = self._environment.prompts(self.members[0], random.Random(seed), prompts, True)

@@ -16,6 +16,7 @@ from pydantic.alias_generators import to_camel
 from allele.api.algorithm import Algorithm, unfit
 from allele.api.run import Optimizer, TrainGroup
 from allele.api.schema import Model
+from allele_driver.environments import MemberView
 from allele_driver.members import InvalidInput, Member
 
 OVERRIDES = ("algorithm", "optimizer")
@@ -87,3 +88,9 @@ def _check(recipe: Recipe, *, where: str) -> None:
             f"{where}, optimizer.warmupSteps: expected less than horizon ({optimizer.horizon}), found "
             f"{optimizer.warmup_steps}"
         )
+
+
+def view(member: Member) -> MemberView:
+    """What an environment sees of a member: not what is meant for the trainer."""
+    parameters = {k: v for k, v in member.parameters.items() if k not in OVERRIDES}
+    return MemberView(member.name, member.group, member.index, parameters)

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from allele.api.algorithm import TOP_K, Algorithm
 from allele.api.run import TrainGroup
 from allele.protocol.commands import ProbeSequence
-from allele_driver.environments import Lesson, MemberView, Prompt, Score
+from allele_driver.environments import Lesson, Prompt, Score
 from allele_driver.environments.scoring import EnvironmentFailed, Scorer
 from allele_driver.loop.stages import Stages
 from allele_driver.members import Member, Part, seed_of
 from allele_driver.metrics import DROPPED, SAMPLES
-from allele_driver.recipes import OVERRIDES, Recipe
+from allele_driver.recipes import Recipe, view
 from allele_driver.rollouts import Drawn, PromptGroup, Rollouts, TrainRow
 from allele_driver.sampling import Ask, Gateways
 
@@ -190,12 +190,6 @@ def lessons_of(algorithm: Algorithm) -> int:
     """Tokens at each place about which the environment is asked to teach; 0: it is not asked."""
     asked = algorithm.name == "Distillation" and algorithm.teacher == "Environment"
     return (algorithm.top_k or TOP_K) if asked else 0
-
-
-def view(member: Member) -> MemberView:
-    """Without what is meant for the trainer."""
-    parameters = {k: v for k, v in member.parameters.items() if k not in OVERRIDES}
-    return MemberView(member.name, member.group, member.index, parameters)
 
 
 def _reward(score: object, member: str, dropped: dict[str, dict[str, int]]) -> float | None:
