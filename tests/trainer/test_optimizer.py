@@ -9,7 +9,7 @@ import torch
 
 from allele.format import AdapterShape
 from allele.protocol import commands as c
-from allele_trainer.bank.rows import Bank, NoGradientRow, Row
+from allele_trainer.bank.rows import Bank, NoGradientRow, Row, bank_bytes
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.step import Update, step
 from allele_trainer.parallel import initialise
@@ -139,13 +139,18 @@ def test_what_kernels_read_is_a_bfloat16_copy_made_when_a_row_is_stored_or_stepp
 
 def test_a_slot_takes_fourteen_bytes_per_parameter_and_a_gradient_row_four() -> None:
     def nbytes(slots: int, gradients: int) -> int:
-        return Bank(
-            Shard(SHAPE), slots=slots, gradients=gradients, probes=0, device=torch.device("cpu"), dtype=torch.bfloat16
-        ).nbytes
+        return bank_bytes(SHAPE.numel, slots=slots, probes=3, gradients=gradients, dtype=torch.bfloat16)
 
     stride = -(-SHAPE.numel // 16) * 16
     assert nbytes(5, 2) - nbytes(4, 2) == 14 * stride
     assert nbytes(5, 3) - nbytes(5, 2) == 4 * stride
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_bank_are_known_before_it_is_made(dtype: torch.dtype) -> None:
+    sizes = {"slots": 5, "probes": 3, "gradients": 2}
+    made = Bank(Shard(SHAPE), **sizes, device=torch.device("cpu"), dtype=dtype)
+    assert made.nbytes == bank_bytes(SHAPE.numel, **sizes, dtype=dtype)
 
 
 def test_more_gradients_than_rows_for_them_are_refused() -> None:

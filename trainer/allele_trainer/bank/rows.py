@@ -75,7 +75,7 @@ class Bank:
         self.shard, self.shape, self.numel = shard, shard.shape, shard.numel
         self.slots, self.probes, self.device = slots, probes, device
         self.gradients = min(slots, gradients or slots)
-        stride = math.ceil(self.numel / _ALIGN) * _ALIGN
+        stride = _stride(self.numel)
 
         def buffer(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(rows, stride, device=device, dtype=dtype)
@@ -119,8 +119,9 @@ class Bank:
     @property
     def nbytes(self) -> int:
         """Device memory of the rows."""
-        parts = {b.data_ptr(): b for b in (self._read, self._weights, self._exp_avg, self._exp_avg_sq, self._gradient)}
-        return sum(b.numel() * b.element_size() for b in parts.values())
+        buffers = (self._read, self._weights, self._exp_avg, self._exp_avg_sq, self._gradient)
+        storages = {b.untyped_storage().data_ptr(): b.untyped_storage() for b in buffers}
+        return sum(storage.nbytes() for storage in storages.values())
 
     def weights(self, slot: int) -> Tensor:
         """`[P]`, a view."""
@@ -228,6 +229,18 @@ class Bank:
     def _new_version(self, slot: int) -> None:
         self._stores += 1
         self.versions[slot] = self._stores
+
+
+def bank_bytes(numel: int, *, slots: int, probes: int, gradients: int, dtype: torch.dtype) -> int:
+    """What `Bank.nbytes` would be: 12 bytes per element of a slot, 4 of a gradient row, and 2 more of a slot where the
+    kernels read bf16."""
+    read = (slots + probes) * dtype.itemsize
+    master = 0 if dtype == torch.float32 else slots * 4
+    return _stride(numel) * (read + master + slots * 8 + gradients * 4)
+
+
+def _stride(numel: int) -> int:
+    return math.ceil(numel / _ALIGN) * _ALIGN
 
 
 def _views(buffer: Tensor, numel: int) -> list[Tensor]:

@@ -45,6 +45,12 @@ class BaseModel:
         return self.ranks.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen parameters, and so of what kernels read of an adapter."""
+        found: torch.dtype = self.gpt.config.params_dtype
+        return found
+
+    @property
     def last_stage(self) -> bool:
         return bool(self.gpt.post_process)
 

@@ -22,7 +22,7 @@ from allele.format.shape import TARGETS
 from allele.protocol.commands import OptimizerSpec
 from allele.protocol.losses import PolicyLoss
 from allele_trainer.bank.host import free_memory
-from allele_trainer.bank.rows import Bank
+from allele_trainer.bank.rows import Bank, bank_bytes
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import initial
 from allele_trainer.bank.step import Update, step
@@ -108,9 +108,8 @@ class _Try:
 
     def bytes_of(self, slots: int) -> int:
         """Device memory of the rows of a bank."""
-        stride = -(-self._shard.numel // 16) * 16
-        copy = 2 if self._model.device.type == "cuda" else 0
-        return stride * (slots * (12 + copy) + 4 * waves_of(slots, self._model.device))
+        wave = waves_of(slots, self._model.device)
+        return bank_bytes(self._shard.numel, slots=slots, probes=0, gradients=wave, dtype=self._model.dtype)
 
     def run(self, slots: int, meter: _Meter) -> int:
         """Bytes that a step took beside the rows. Raises OutOfMemoryError on a device that has no more."""
@@ -130,14 +129,13 @@ class _Try:
         return max(0, taken - self.bytes_of(slots))
 
     def _bank(self, slots: int) -> Bank:
-        cuda = self._model.device.type == "cuda"
         return Bank(
             self._shard,
             slots=slots,
             gradients=waves_of(slots, self._model.device),
             probes=0,
             device=self._model.device,
-            dtype=torch.bfloat16 if cuda else torch.float32,
+            dtype=self._model.dtype,
         )
 
     def _samples(self, wave: int) -> list[Sample]:

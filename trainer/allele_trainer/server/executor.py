@@ -213,14 +213,8 @@ class Executor:
         known = self._sessions.begin(header, _fingerprint(name, body))
         if known is not None:
             return known
-        try:
+        with self._sessions.executing(header):
             done = execute(command)
-        except ProtocolError:
-            self._sessions.refused(header)
-            raise
-        except Exception as e:
-            self._sessions.broke(header, e)
-            raise
         if isinstance(done, c.OptimStepDone):
             self._metrics.skipped.inc(sum(m.skipped for m in done.members.values()))
         reply = encoded(done)
@@ -238,14 +232,8 @@ class Executor:
         if running is not None:  # the same command again, from a driver that lost its connection
             running.replies.append(reply)
             return
-        try:
+        with self._sessions.executing(header):
             work = self._trainer.begin(command, table)
-        except ProtocolError:
-            self._sessions.refused(header)
-            raise
-        except Exception as e:
-            self._sessions.broke(header, e)
-            raise
         self._passes[header.run] = found = _Pass(work, [reply], left=len(work.units))
         sizes = [u.tokens for u in work.units]
         work.mode, curious = self._relay.choice(self._cost.choose(sizes), curious=self._cost.curious(sizes))

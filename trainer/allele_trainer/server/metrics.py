@@ -51,6 +51,9 @@ class Metrics:
             ["how"],
             registry=self.registry,
         )
+        self.bank = Gauge(
+            "allele_trainer_bank_bytes", "Device memory of the rows of all banks.", registry=self.registry
+        )
         self.host = Gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", registry=self.registry)
 
     def observe(self, trainer: Trainer, *, runs: int) -> None:
@@ -58,6 +61,7 @@ class Metrics:
         self.slots.set(trainer.limits.slots)
         self.used.set(trainer.used)
         self.runs.set(runs)
+        self.bank.set(trainer.bank_bytes)
         self.host.set(trainer.host.used)
         for how, count in trainer.moved().items():
             self.rows.labels(how).set(count)

@@ -5,10 +5,12 @@ Nothing in memory outlives doubt: a command that failed half-way closes the epoc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from allele.protocol.commands import Header
-from allele.protocol.errors import InvalidRequest, SequenceGap, StaleEpoch, UnknownIncarnation
+from allele.protocol.errors import InvalidRequest, ProtocolError, SequenceGap, StaleEpoch, UnknownIncarnation
 
 
 @dataclasses.dataclass
@@ -71,6 +73,18 @@ class Sessions:
         """The running command was executed."""
         session = self._sessions[header.run]
         session.seq, session.fingerprint, session.reply, session.running = header.seq, session.running, reply, b""
+
+    @contextlib.contextmanager
+    def executing(self, header: Header) -> Iterator[None]:
+        """What the running command raises inside is noted: a ProtocolError means that nothing was changed."""
+        try:
+            yield
+        except ProtocolError:
+            self.refused(header)
+            raise
+        except Exception as e:
+            self.broke(header, e)
+            raise
 
     def refused(self, header: Header) -> None:
         """The running command changed nothing: its seq may be tried again."""

@@ -70,6 +70,11 @@ class Trainer:
     def used(self) -> int:
         return sum(t.used for t in self._tables.values())
 
+    @property
+    def bank_bytes(self) -> int:
+        """Device memory of all rows."""
+        return sum(t.bank.nbytes for t in self._tables.values())
+
     def moved(self) -> dict[str, int]:
         """Rows so far, by what happened to them."""
         tables = self._tables.values()
@@ -318,7 +323,7 @@ class Trainer:
                 gradients=self.limits.wave,
                 probes=min(slots, PROBE_ROWS),
                 device=self.model.device,
-                dtype=torch.bfloat16 if self.model.device.type == "cuda" else torch.float32,
+                dtype=self.model.dtype,
             )
             self._tables[shape.digest] = PageTable(bank, self.host, self.ranks)
         return self._tables[shape.digest]
