@@ -66,7 +66,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if min(args.members) * min(args.tokens) > args.most_tokens:
+        parser.error(
+            f"--most-tokens: expected at least {min(args.members) * min(args.tokens)}, found {args.most_tokens}"
+        )
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     settings = {"rank": RANK, "targets": TARGETS, "layers": 2, "max_tokens": MAX_TOKENS, "rounds": args.rounds}
