@@ -38,6 +38,7 @@ def test_a_run_names_what_it_lacks_and_proceeds_when_it_comes(team: Team, s3: An
     run = team.get("rlrun", "run")
     assert run["status"]["progress"] == {"step": 5, "steps": 5, "percentage": 100}
     until("the members are given back", lambda: not team.get("rlrun", "run")["metadata"].get("finalizers"))
+    # Numbers that follow reports are written once per interval; the run's own were written before.
     until(
         "the population counts its members as trained",
         lambda: team.get("apop", "population")["status"]["members"]["trained"] == 4,
