@@ -1,4 +1,4 @@
-"""A trainer of two processes over HTTP: one driver's view, the same bytes, and an end when one of them is lost."""
+"""A trainer of two processes over HTTP: drivers' view, the same bytes, and an end when the two may have parted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import aiohttp
 import numpy as np
@@ -31,7 +31,7 @@ PROBES = (c.ProbeSequence(prompt=(1, 2, 3), completion=(4, 5)),)
 
 
 class Service:
-    """`torchrun` with two tensor ranks, restarted once; host memory for two rows of each."""
+    """`torchrun` with two tensor ranks, restarted twice; host memory for two rows of each."""
 
     def __init__(self, base: pathlib.Path, store: pathlib.Path, log: pathlib.Path) -> None:
         with socket.socket() as free:
@@ -40,7 +40,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["--max-restarts", "1", "-m", "allele_trainer", "--tp", "2", "--base", str(base)]
+        command += ["--max-restarts", "2", "-m", "allele_trainer", "--tp", "2", "--base", str(base)]
         command += ["--base-digest", bases.digest(base), "--store", f"file://{store}", "--slots", "2"]
         command += ["--host-memory", "150000", "--listen", f"127.0.0.1:{self.port}"]
         with log.open("w") as out:
@@ -145,6 +145,38 @@ async def checked_refusal(client: Client, rig: Rig) -> None:
     await client.admit(1, "b")
 
 
+async def checked_runs_at_once(clients: Sequence[Client], rig: Rig) -> None:
+    """Commands of many runs that arrive together reach both ranks, and each run gets its own."""
+    weights = [rig.random_weights("m", SPEC, seed=i) for i, _ in enumerate(clients)]
+    found = examples(["m"], each=2, vocab=96)
+    async with asyncio.timeout(120):
+        await asyncio.gather(
+            *(reset(each, [start("m", SPEC, weights=w)]) for each, w in zip(clients, weights, strict=True))
+        )
+        for _ in range(2):
+            await asyncio.gather(*(each.step(found, rate=1e-4) for each in clients))
+        saves = [each.send("save_state", c.SaveState(header=each.header(7), members=("m",))) for each in clients]
+        states = [c.SaveStateDone.model_validate_json(s).states["m"] for s in await asyncio.gather(*saves)]
+    for begun, state in zip(weights, states, strict=True):
+        alone, saved = Rig(rig.model, rig.folder), Rig(rig.model, rig.folder)
+        alone.reset([start("m", SPEC, weights=begun)])
+        for _ in range(2):
+            alone.step(found, rate=1e-4)
+        saved.reset([start("m", SPEC, state=state)])
+        assert (saved.row("m").weights - alone.row("m").weights).abs().quantile(0.99) < 1e-6
+
+
+async def checked_failure(service: Service, session: aiohttp.ClientSession, client: Client, rig: Rig) -> None:
+    """An error that is no answer ends both ranks: nobody knows how far the other came."""
+    before = await service.info(session)
+    await reset(client, [start("a", SPEC, weights=rig.random_weights("a", SPEC, seed=1))], epoch=4)
+    with pytest.raises(aiohttp.ClientError):
+        await client.step(examples(["a"], each=2, vocab=96), rate=1e-30)  # too small to move any weight
+    assert "NothingLearned: member a" in service.log.read_text()
+    after = await service.info(session, other_than=before.incarnation)
+    assert after.runs == {}
+
+
 async def checked_loss_of_a_rank(service: Service, session: aiohttp.ClientSession, client: Client, rig: Rig) -> None:
     before = await service.info(session)
     service.ranks()[1].kill()
@@ -152,7 +184,7 @@ async def checked_loss_of_a_rank(service: Service, session: aiohttp.ClientSessio
     assert len(service.ranks()) == 2 and after.runs == {}
     with pytest.raises(UnknownIncarnation):
         await client.admit(client.seq + 1, "b")
-    await reset(client, [start("a", SPEC, weights=rig.random_weights("a", SPEC, seed=5))], epoch=4)
+    await reset(client, [start("a", SPEC, weights=rig.random_weights("a", SPEC, seed=5))], epoch=5)
     assert client.incarnation == after.incarnation
     await client.admit(1, "a")
 
@@ -168,6 +200,8 @@ async def test_two_ranks_serve_as_one_and_begin_anew_together(
         await checked_bytes(client, rig)
         await checked_refusal(client, rig)
         await checked_training(client, rig)
+        await checked_runs_at_once([Client(rig, service.url, session, run=f"r{i}") for i in range(6)], rig)
+        await checked_failure(service, session, client, rig)
         await checked_loss_of_a_rank(service, session, client, rig)
     ranks = service.ranks()
     service.process.send_signal(signal.SIGTERM)
