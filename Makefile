@@ -47,7 +47,7 @@ test-fast: env ## Tests of the inner loop, under a minute
 	$(PY) -m pytest -m "not cluster and not engine and not slow and not gpu"
 
 .PHONY: bench-trainer
-bench-trainer: env ## One step of N adapters against four other ways (ARGS="--hidden 64 --tokens 8,32"; 15 minutes)
+bench-trainer: env ## One step of N adapters against four other ways (ARGS="--models h64 --tokens 8,32"; 15 minutes)
 	$(PY) -W ignore -m bench.trainer $(ARGS)
 
 .PHONY: lint

@@ -32,11 +32,11 @@ from bench.trainer.workload import CLIP, RANK, RATE, TARGETS, Workload, write_ba
 
 MEMBERS = (1, 4, 16, 64, 256, 1024)
 TOKENS = (8, 32, 128, 512)
-HIDDEN = (64, 128, 256)
+SMALL = ("h64", "h128", "h256")
 RIVALS = (Sequential, Swapping, Loop, Stacking)
 
 EXAMPLE = """example:
-  python -m bench.trainer --hidden 64 --members 64,256 --tokens 8,32 --rounds 5"""
+  python -m bench.trainer --models h64 --members 64,256 --tokens 8,32 --rounds 5"""
 
 
 class Contender(Protocol):
@@ -54,7 +54,10 @@ def arguments() -> argparse.ArgumentParser:
     def numbers(text: str) -> list[int]:
         return [int(n) for n in text.split(",")]
 
-    parser.add_argument("--hidden", type=numbers, default=HIDDEN, help="widths of the model (default: 64,128,256)")
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser.add_argument("--models", type=names, default=SMALL, help="by width (default: h64,h128,h256)")
     parser.add_argument("--members", type=numbers, default=MEMBERS, help="adapters (default: 1,4,16,64,256,1024)")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, help="tokens per adapter (default: 8,32,128,512)")
     parser.add_argument(
@@ -77,21 +80,21 @@ def main() -> None:
     settings = {"rank": RANK, "targets": TARGETS, "layers": 2, "max_tokens": MAX_TOKENS, "rounds": args.rounds}
     report = Report("trainer", settings | {"device": "cpu", "dtype": "float32", "time": "processor seconds of a step"})
     with tempfile.TemporaryDirectory() as folder:
-        for hidden in args.hidden:
-            base = write_base(pathlib.Path(folder) / str(hidden), hidden=hidden)
+        for name in args.models:
+            base = write_base(pathlib.Path(folder) / name, model=name)
             ranks = initialise()
             model = build(base, ranks)
-            for work in _workloads(args, hidden):
+            for work in _workloads(args, name):
                 _compare(report, model, work, base=base, rounds=args.rounds)
-            _optimizer(report, model, ranks, hidden=hidden, rounds=args.rounds)
+            _optimizer(report, model, ranks, name=name, rounds=args.rounds)
     report.finish(args.out)
 
 
-def _workloads(args: argparse.Namespace, hidden: int) -> Iterator[Workload]:
+def _workloads(args: argparse.Namespace, model: str) -> Iterator[Workload]:
     for members in args.members:
         for tokens in args.tokens:
             if members * tokens <= args.most_tokens:
-                yield Workload(hidden, members, tokens)
+                yield Workload(model, members, tokens)
 
 
 def _compare(report: Report, model: BaseModel, work: Workload, *, base: pathlib.Path, rounds: int) -> None:
@@ -105,7 +108,7 @@ def _compare(report: Report, model: BaseModel, work: Workload, *, base: pathlib.
                 continue
         best = _best(contenders, rounds)
         ours.close()
-    row: dict[str, object] = {"h": work.hidden, "N": work.members, "tokens": work.tokens, "mode": ours.mode}
+    row: dict[str, object] = {"model": work.model, "N": work.members, "tokens": work.tokens, "mode": ours.mode}
     row["allele ms"] = best[ours.name] * 1e3
     for rival in RIVALS:
         found = best.get(rival.name)
@@ -135,7 +138,7 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.process_time() - began
 
 
-def _optimizer(report: Report, model: BaseModel, ranks: Ranks, *, hidden: int, rounds: int, members: int = 256) -> None:
+def _optimizer(report: Report, model: BaseModel, ranks: Ranks, *, name: str, rounds: int, members: int = 256) -> None:
     """The step alone: clip, AdamW and dropping of the gradients."""
     shape = AdapterShape.from_model(model.config.raw, rank=RANK, targets=TARGETS)
     bank = Bank(Shard(shape), slots=members, probes=1, device=torch.device("cpu"), dtype=torch.float32)
@@ -153,7 +156,7 @@ def _optimizer(report: Report, model: BaseModel, ranks: Ranks, *, hidden: int, r
             for p in some:
                 p.grad = torch.randn_like(p)
         best["rival"] = min(best["rival"], _seconds(rival.step))
-    report.ratios[f"optimizer h{hidden} N{members} vs AdamW per adapter"] = best["rival"] / best["allele"]
+    report.ratios[f"optimizer {name} N{members} vs AdamW per adapter"] = best["rival"] / best["allele"]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from bench.trainer.workload import ALPHA, CLIP, RANK, RATE, TARGETS, Workload, g
 
 SAMPLED = 16
 """Members that are really stepped one after the other; the rest take the same time."""
+MOST_GROUPS = 1023
+"""torch's grouped GEMM on CUDA takes no more."""
 MOST_PEFT_ADAPTERS = 256
 """PEFT looks adapters up in dictionaries of modules: more take minutes to make."""
 
@@ -29,8 +31,10 @@ class Sequential:
     name = "sequential PEFT"
 
     def __init__(self, base: pathlib.Path, work: Workload) -> None:
-        self._work, self._model = work, _peft(base)
-        self._ids, self._old, self._advantages = work.ids(), work.logprobs(), work.advantages()
+        self._work, self._model = work, _peft(base, work)
+        self._ids, self._old, self._advantages = (
+            t.to(work.device) for t in (work.ids(), work.logprobs(), work.advantages())
+        )
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._parameters, lr=RATE, weight_decay=0.0)
         self._steps = min(work.members, SAMPLED)
@@ -78,7 +82,7 @@ class Loop:
     def __init__(self, base: pathlib.Path, work: Workload) -> None:
         if work.members > MOST_PEFT_ADAPTERS:
             raise TooMany
-        self._model = _peft(base)
+        self._model = _peft(base, work)
         names = ["default", *(f"m{i}" for i in range(1, work.members))]
         for name in names[1:]:
             self._model.add_adapter(name, _config())
@@ -107,9 +111,12 @@ class Stacking:
     scale = 1.0
 
     def __init__(self, base: pathlib.Path, work: Workload) -> None:
-        self._model = _hf(base).requires_grad_(False)
+        if work.device != "cpu" and work.members > MOST_GROUPS:
+            raise TooMany
+        self._model = _hf(base, work).requires_grad_(False)
         tokens = work.tokens
-        self._offsets = torch.arange(tokens, tokens * work.members + 1, tokens, dtype=torch.int32)
+        ends = torch.arange(tokens, tokens * work.members + 1, tokens, dtype=torch.int32)
+        self._offsets = ends.to(work.device)
         stacked = []
         for module in list(self._model.modules()):
             for child, linear in list(module.named_children()):
@@ -135,7 +142,7 @@ class Batch:
     def __init__(self, work: Workload) -> None:
         self._work = work
         self.ids, self._old, self._advantages = (
-            t.flatten(0, 1) for t in (work.ids(), work.logprobs(), work.advantages())
+            t.flatten(0, 1).to(work.device) for t in (work.ids(), work.logprobs(), work.advantages())
         )
 
     def loss(self, logits: Tensor) -> Tensor:
@@ -161,8 +168,9 @@ class _Stacked(nn.Module):
     def __init__(self, linear: nn.Linear, members: int, offsets: Tensor) -> None:
         super().__init__()
         self.linear, self._offsets = linear, offsets
-        self.a = nn.ParameterList(torch.randn(RANK, linear.in_features) * 0.02 for _ in range(members))
-        self.b = nn.ParameterList(torch.zeros(linear.out_features, RANK) for _ in range(members))
+        like = linear.weight
+        self.a = nn.ParameterList(like.new_empty(RANK, linear.in_features).normal_(std=0.02) for _ in range(members))
+        self.b = nn.ParameterList(like.new_zeros(linear.out_features, RANK) for _ in range(members))
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -171,13 +179,13 @@ class _Stacked(nn.Module):
         return self.linear(x) + delta.view(*x.shape[:-1], -1)
 
 
-def _hf(base: pathlib.Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def _hf(base: pathlib.Path, work: Workload) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=work.dtype).to(work.device)
 
 
 def _config() -> peft.LoraConfig:
     return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0)
 
 
-def _peft(base: pathlib.Path) -> peft.PeftModel:
-    return peft.get_peft_model(_hf(base), _config())
+def _peft(base: pathlib.Path, work: Workload) -> peft.PeftModel:
+    return peft.get_peft_model(_hf(base, work), _config())

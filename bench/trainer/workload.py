@@ -12,8 +12,6 @@ from torch import Tensor
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA, RATE, CLIP = 8, 16.0, 1e-4, 1.0
-LONGEST = 32
-"""Tokens of a sequence; members with fewer have one shorter sequence."""
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
 
@@ -21,17 +19,25 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 class Workload:
     """`tokens` per member in sequences of equal length, a quarter of each the prompt."""
 
-    hidden: int
+    model: str
     members: int
     tokens: int
+    longest: int = 32
+    """Tokens of a sequence; members with fewer have one shorter sequence."""
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
-        return f"h{self.hidden} N{self.members} T{self.tokens}"
+        return f"{self.model} N{self.members} T{self.tokens}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
     def length(self) -> int:
-        return min(self.tokens, LONGEST)
+        return min(self.tokens, self.longest)
 
     @property
     def prompt(self) -> int:
@@ -54,22 +60,45 @@ class Workload:
         return torch.from_numpy((noise - np.log(96)).astype(np.float32))
 
 
-def write_base(folder: pathlib.Path, *, hidden: int) -> pathlib.Path:
-    """A Qwen3 of two layers with random weights, as a Hugging Face folder."""
+MODELS: dict[str, dict[str, int]] = {
+    "h64": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+    "h128": {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32},
+    "h256": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
+    "0.6B": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "4B": {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+"""Sizes of Qwen3 models; small ones have 96 ids, two layers and four heads over two key-value groups."""
+
+
+def write_base(folder: pathlib.Path, *, model: str, device: str = "cpu") -> pathlib.Path:
+    """A Qwen3 with random weights, as a Hugging Face folder; made where it takes least time."""
+    small = {"vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.Qwen3Config(
-        vocab_size=96,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
+        **(small | MODELS[model]),
+        max_position_embeddings=4096,
+        tie_word_embeddings=model in ("0.6B", "4B"),
         attention_bias=False,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
     )
     torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    with torch.device(device):
+        transformers.Qwen3ForCausalLM(config).to(config.dtype).save_pretrained(folder)
     return folder
 
 

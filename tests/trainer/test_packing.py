@@ -14,7 +14,7 @@ ids = st.integers(0, 99)
 samples = st.lists(
     st.builds(
         Sample,
-        slot=st.integers(0, 6),
+        owner=st.integers(0, 6),
         prompt=st.lists(ids, min_size=1, max_size=40),
         completion=st.lists(ids, min_size=1, max_size=40),
     ),
@@ -30,11 +30,11 @@ def test_micro_batches_keep_every_sample_within_the_limit_and_depend_on_the_slot
 ) -> None:
     batches = micro_batches(found, max_tokens=limit)
     for b in batches:
-        assert [s.slot for s in b] == sorted(s.slot for s in b)
+        assert [s.owner for s in b] == sorted(s.owner for s in b)
         assert sum(s.inputs for s in b) <= limit or len(b) == 1
-    for slot in {s.slot for s in found}:
-        mine = [s for s in found if s.slot == slot]
-        shares = [share for b in batches if (share := [s for s in b if s.slot == slot])]
+    for slot in {s.owner for s in found}:
+        mine = [s for s in found if s.owner == slot]
+        shares = [share for b in batches if (share := [s for s in b if s.owner == slot])]
         assert [s for share in shares for s in share] == mine
         assert shares == micro_batches(mine, max_tokens=limit)
 
@@ -64,7 +64,7 @@ def test_each_logit_row_sees_its_sequence_and_predicts_its_token(found: list[Sam
         assert p.positions[start : start + s.inputs].tolist() == list(range(s.inputs))
         for k, target in enumerate(s.completion):
             assert p.rows[row] == start + len(s.prompt) - 1 + k
-            assert (p.targets[row], p.owners[row]) == (target, s.slot)
+            assert (p.targets[row], p.owners[row]) == (target, s.owner)
             row += 1
         start += s.inputs
     assert p.targets.size == row and not p.tokens[start:].any()

@@ -7,6 +7,7 @@ import pathlib
 import torch
 
 from allele.format import AdapterShape
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.rows import Bank
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import fresh
@@ -35,7 +36,7 @@ def test_backwards_after_all_forwards_give_the_gradients_of_the_plain_model(
         losses = []
         for samples in batches:
             packed = pack(samples)
-            routing = plan(bank, packed.counts, padded=packed.tokens.size, gradients=True)
+            routing = plan(Banks([bank]), packed.counts, padded=packed.tokens.size, gradients=True)
             batch = to_device(packed, plan=routing, device=each.device)
             losses.append(each.logprobs(batch, torch.as_tensor(packed.targets)).sum())
         for loss in losses:  # the first micro-batch runs again after the second set its routing

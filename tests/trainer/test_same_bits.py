@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -24,6 +24,14 @@ def trained(rig: Rig, steps: list[list[Example]], *, wave: int = 1 << 20) -> Rig
     for found in steps:
         rig.step(found, rate=5e-3, wave=wave)
     return rig
+
+
+def counted(model: BaseModel, passes: list[int]) -> BaseModel:
+    """The model, which notes the tokens of every forward."""
+    noted = dataclasses.replace(model)
+    forward = noted._forward
+    object.__setattr__(noted, "_forward", lambda batch: (passes.append(batch.tokens.numel()), forward(batch))[1])
+    return noted
 
 
 @pytest.mark.parametrize("each", [1, 7])
@@ -62,6 +70,31 @@ def test_alone_and_in_company_with_sizes_that_align_badly(tmp_path: pathlib.Path
             mine.step([e for e in found if e.member in company], rate=5e-3)
     for member in ("m0", "m1", "m2"):
         assert same_rows(rigs["m0", "m1", "m2"].row(member), rigs[(member,)].row(member)), member
+
+
+def test_alone_and_among_other_shapes_in_one_pass(model: BaseModel, tmp_path: pathlib.Path) -> None:
+    """Ranks and targets differ: a micro-batch of several banks is one pass of the model."""
+    specs = {
+        "m0": adapter(rank=8, alpha=16),
+        "m1": adapter(rank=4, alpha=8, targets=("q_proj", "v_proj")),
+        "m2": adapter(rank=1, alpha=2, targets=("k_proj", "down_proj")),
+        "m3": adapter(rank=8, alpha=4),
+        "m4": adapter(rank=16, alpha=8, targets=("up_proj",)),
+    }
+    steps = [examples(specs, each=3, vocab=96, seed=s) for s in range(STEPS)]
+    passes: list[int] = []
+
+    def trained(company: Collection[str]) -> Rig:
+        mine = Rig(counted(model, passes), tmp_path / "store", slots=3)
+        mine.reset([start(m, specs[m], seed=int(m[1:])) for m in company])
+        for found in steps:
+            mine.step([e for e in found if e.member in company], rate=5e-3)
+        return mine
+
+    together = trained(specs)
+    assert len(passes) == STEPS
+    for member in specs:
+        assert same_rows(trained({member}).row(member), together.row(member)), member
 
 
 @pytest.mark.parametrize("tokens", range(1, 10))

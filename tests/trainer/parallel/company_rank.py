@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from allele.format import AdapterShape
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.rows import Bank
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import fresh
@@ -45,7 +46,7 @@ def gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, float]]:
         found += [Sample(slot, s.prompt, s.completion, g, s.pair) for s, g in zip(mine, made, strict=True)]
     losses = dict.fromkeys(MEMBERS, 0.0)
     for batch in micro_batches(found, max_tokens=60):
-        for slot, sums in train(model, bank, batch).items():
+        for slot, sums in train(model, Banks([bank]), batch).items():
             losses[MEMBERS[slot]] += sums.loss
     gradient = torch.stack([bank.gradient(slot) for slot in range(len(MEMBERS))])
     model.ranks.sum_gradients(gradient, shard)

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from allele.format import AdapterShape
 from allele.protocol.losses import PolicyLoss
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.rows import Bank, Row
 from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import fresh
@@ -47,26 +48,39 @@ class Trainee:
         parts = (self.shard.take(t).contiguous() for t in (whole.weights, whole.exp_avg, whole.exp_avg_sq))
         self.bank.store(slot, Row(*parts, step=whole.step), scale=cohort.SPECS[member].scale)
 
+
+class Cohort:
+    """Trainees whose micro-batches are passes over all of their banks."""
+
+    def __init__(self, model: BaseModel, trainees: list[Trainee]) -> None:
+        self.model, self.trainees = model, trainees
+        self.banks = Banks(t.bank for t in trainees)
+        self.owners = {
+            member: self.banks.owner(place, slot)
+            for place, trainee in enumerate(trainees)
+            for slot, member in enumerate(trainee.members)
+        }
+
     def samples(self, number: int) -> list[Sample]:
         every = cohort.samples(number, model=self.model.config.raw["model_type"])
         found: list[Sample] = []
-        for slot, member in enumerate(self.members):
+        for member, owner in self.owners.items():
             mine = [_read(e) for e in every if e.member == member]
             made = zip(mine, goals(mine, PolicyLoss()), strict=True)
-            found += [Sample(slot, s.prompt, s.completion, goal, experts=s.experts) for s, goal in made]
+            found += [Sample(owner, s.prompt, s.completion, goal, experts=s.experts) for s, goal in made]
         return found
 
     def step(self, number: int, report: dict[str, dict[str, list[float]]]) -> None:
-        """One step of every member: several micro-batches, then one update."""
-        found = self.samples(number)
-        losses = dict.fromkeys(range(len(self.members)), 0.0)
-        for batch in micro_batches(found, max_tokens=60):
-            for slot, sums in train(self.model, self.bank, batch).items():
-                losses[slot] += sums.loss
-        updates = [Update(slot, cohort.RATES[m], cohort.RULES[m]) for slot, m in enumerate(self.members)]
-        for slot, done in enumerate(step(self.bank, updates, ranks=self.model.ranks)):
-            report[self.members[slot]]["norms"].append(done.norm)
-            report[self.members[slot]]["losses"].append(losses[slot])
+        """One step of every member: several micro-batches, then one update of each bank."""
+        losses = dict.fromkeys(self.owners.values(), 0.0)
+        for batch in micro_batches(self.samples(number), max_tokens=60):
+            for owner, sums in train(self.model, self.banks, batch).items():
+                losses[owner] += sums.loss
+        for trainee in self.trainees:
+            updates = [Update(slot, cohort.RATES[m], cohort.RULES[m]) for slot, m in enumerate(trainee.members)]
+            for member, done in zip(trainee.members, step(trainee.bank, updates, ranks=self.model.ranks), strict=True):
+                report[member]["norms"].append(done.norm)
+                report[member]["losses"].append(losses[self.owners[member]])
 
 
 def _read(e: Example) -> MemberSample:
@@ -97,14 +111,15 @@ def run(layout: Layout, base: pathlib.Path, out: pathlib.Path, saved: Saved | No
     for member in cohort.SPECS:
         by_shape.setdefault(cohort.shape(model.config.raw, member).digest, []).append(member)
     trainees = [Trainee(model, members) for members in by_shape.values()]
+    trained = Cohort(model, trainees)
     report: dict[str, dict[str, list[float]]] = {m: {"norms": [], "losses": []} for m in cohort.SPECS}
     rows: dict[str, dict[str, torch.Tensor]] = {m: {} for m in cohort.SPECS}
     for trainee in trainees if saved else ():
         for slot, member in enumerate(trainee.members):
             trainee.store(slot, member, saved.whole(member, trainee.shard.shape))
     for number in range(cohort.SAVED if saved else 0, cohort.STEPS):
+        trained.step(number, report)
         for trainee in trainees:
-            trainee.step(number, report)
             for slot, member in enumerate(trainee.members):
                 row = trainee.bank.load(slot)
                 if number == 0:
@@ -113,10 +128,8 @@ def run(layout: Layout, base: pathlib.Path, out: pathlib.Path, saved: Saved | No
         if number + 1 == cohort.SAVED:
             torch.save(rows, out / f"saved-{ranks.rank}.pt")
             torch.distributed.barrier()
-    after = {}
-    for trainee in trainees:
-        found = logprobs(model, trainee.bank, trainee.samples(0), max_tokens=60)
-        after.update({m: found[slot] for slot, m in enumerate(trainee.members)})
+    found = logprobs(model, trained.banks, trained.samples(0), max_tokens=60)
+    after = {member: found[owner] for member, owner in trained.owners.items()}
     torch.save({"rows": rows, "report": report, "logprobs": after}, out / f"{ranks.rank}.pt")
 
 

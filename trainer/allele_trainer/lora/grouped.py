@@ -1,82 +1,125 @@
-"""Grouped GEMM over rows of the bank, with gradients added straight into the bank's gradient rows.
+"""Products of tokens with the rows of a bank that they belong to, and gradients added straight to the bank's G.
 
-Autograd on stacked weights would build a full-size zero gradient per adapter. Here weights are buffers, the backward
-gives a gradient for the input only, and each active row's gradient is one addition to a view of G. Sums over
-micro-batches, and later over data-parallel ranks, are therefore plain SUMs.
+Autograd on stacked weights would build a full-size zero gradient per adapter. Here weights are buffers, and each active
+row's gradient is one addition to a view of G. Sums over micro-batches, and later over data-parallel ranks, are
+therefore plain SUMs.
 
-torch's grouped kernel wants rows of a multiple of 16 bytes, and bfloat16 on CUDA. What it refuses (ranks 1 and 2, whose
-layout in a row is fixed by the adapter's format) is computed slot by slot; which of the two never depends on the batch.
+Three kernels, with the same bits on a CPU, so that a member's may be another one in company than alone:
+
+- `_Grouped`: torch's grouped GEMM; slots without tokens between others are empty groups.
+- `_Batched`: on CPU, where all slots of a part have equally many tokens: one strided batched GEMM, without what the
+  grouped one costs per group there. Tiny products it would compute by another kernel: they stay grouped.
+- `_SlotBySlot`: what the grouped kernel refuses. It wants rows of a multiple of 16 bytes, and bfloat16 on CUDA; ranks 1
+  and 2 have a layout in a row that is fixed by the adapter's format.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allele_trainer.lora.plan import Plan
+from allele_trainer.lora.plan import Part
+
+_TINY = 400
+"""torch's batched product on CPU goes another way for fewer multiplications than this."""
 
 
-def grouped_linear(x: Tensor, weight: Tensor, *, grad: Tensor, plan: Plan) -> Tensor:
-    """`y[t] = weight[slot(t)] @ x[t]`: x `[T, in]` → `[T, out]`; padding rows of y are zero.
-
-    `weight` and `grad` are views `[rows, out, in]` of the bank; the weight's gradient is added to `grad`.
-    """
-    kernel = _Grouped if _fits(weight) else _SlotBySlot
-    return kernel.apply(x, weight, grad, plan)
+def product(x: Tensor, weight: Tensor, part: Part) -> Tensor:
+    """`y[t] = weight[slot(t)] @ x[t]`: x `[tokens of the part, in]` → `[tokens, out]`; weight `[rows, out, in]`."""
+    return _kernel(x, weight, part).product(x, weight, part)
 
 
-def _fits(weight: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these views and every activation that meets them."""
-    unit = 16 // weight.element_size()
-    sizes = (*weight.shape[1:], weight.stride(0), weight.storage_offset())
-    return all(n % unit == 0 for n in sizes) and not (weight.is_cuda and weight.dtype != torch.bfloat16)
+def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor:
+    """`gx[t] = weight[slot(t)]ᵀ @ gy[t]`: `[tokens, out]` → `[tokens, in]`."""
+    return _kernel(gy, weight, part).transposed(gy, weight, part)
 
 
-class _Grouped(torch.autograd.Function):
+def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
+    """`grad[row(slot)] += Σ gy[t] ⊗ x[t]` over the slot's tokens; grad `[gradient rows, out, in]`."""
+    _kernel(x, grad, part).add_outer(grad, gy, x, part)
+
+
+class _Kernel(Protocol):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grad, ctx.plan = grad, plan
-        y = F.grouped_mm(x, weight[plan.first : plan.last].transpose(1, 2), offs=plan.offsets)
-        y[plan.tokens :].zero_()  # grouped_mm leaves rows behind the last group undefined
-        return y
+    def product(x: Tensor, weight: Tensor, part: Part) -> Tensor: ...
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        gy = grads[0].contiguous()  # grouped_mm refuses expanded gradients such as those of a sum
-        update = F.grouped_mm(gy.t(), x, offs=plan.active_offsets)
-        if plan.rows is not None:
-            ctx.grad[plan.rows.start : plan.rows.stop].add_(update)
-        else:
-            ctx.grad.index_add_(0, plan.active, update)
-        gx = None
-        if ctx.needs_input_grad[0]:
-            gx = F.grouped_mm(gy, weight[plan.first : plan.last], offs=plan.offsets)
-            gx[plan.tokens :].zero_()
-        return gx, None, None, None
+    def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor: ...
 
-
-class _SlotBySlot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, grad: Tensor, plan: Plan) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grad, ctx.plan = grad, plan
-        y = x.new_zeros(x.shape[0], weight.shape[1])
-        for slot, begin, end in plan.spans:
+    def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None: ...
+
+
+def _kernel(x: Tensor, weight: Tensor, part: Part) -> type[_Kernel]:
+    _, out, into = weight.shape
+    unit = 16 // x.element_size()
+    sizes = (out, into, weight.stride(0), weight.storage_offset())
+    if any(n % unit for n in sizes) or (x.is_cuda and x.dtype != torch.bfloat16):
+        return _SlotBySlot
+    if part.each and part.each * out * into >= _TINY and not x.is_cuda and x.dtype == torch.float32:
+        return _Batched
+    return _Grouped
+
+
+class _Grouped:
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return F.grouped_mm(x, weight[part.first : part.last].transpose(1, 2), offs=part.offsets)
+
+    @staticmethod
+    def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return F.grouped_mm(gy, weight[part.first : part.last], offs=part.offsets)
+
+    @staticmethod
+    def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
+        _add(grad, F.grouped_mm(gy.t(), x, offs=part.active_offsets), part)
+
+
+class _Batched:
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return torch.bmm(_by_slot(x, part), weight[part.first : part.last].transpose(1, 2)).flatten(0, 1)
+
+    @staticmethod
+    def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return torch.bmm(_by_slot(gy, part), weight[part.first : part.last]).flatten(0, 1)
+
+    @staticmethod
+    def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
+        _add(grad, torch.bmm(_by_slot(gy, part).transpose(1, 2), _by_slot(x, part)), part)
+
+
+class _SlotBySlot:
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, part: Part) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for slot, begin, end in part.spans:
             torch.mm(x[begin:end], weight[slot].t(), out=y[begin:end])
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
-        gy = grads[0].contiguous()
-        gx = torch.zeros_like(x)
-        for (slot, begin, end), row in zip(ctx.plan.spans, ctx.plan.active.tolist(), strict=True):
-            ctx.grad[row].addmm_(gy[begin:end].t(), x[begin:end])
+    def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor:
+        gx = gy.new_empty(gy.shape[0], weight.shape[2])
+        for slot, begin, end in part.spans:
             torch.mm(gy[begin:end], weight[slot], out=gx[begin:end])
-        return gx, None, None, None
+        return gx
+
+    @staticmethod
+    def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
+        for (_, begin, end), row in zip(part.spans, part.active.tolist(), strict=True):
+            grad[row].add_(torch.mm(gy[begin:end].t(), x[begin:end]))
+
+
+def _by_slot(x: Tensor, part: Part) -> Tensor:
+    """`[tokens, k]` → `[slots, tokens of each, k]`"""
+    return x.unflatten(0, (part.last - part.first, -1))
+
+
+def _add(grad: Tensor, update: Tensor, part: Part) -> None:
+    if part.rows is not None:
+        grad[part.rows].add_(update)
+    else:
+        grad.index_add_(0, part.active, update.to(grad.dtype))

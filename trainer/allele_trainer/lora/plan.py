@@ -1,4 +1,4 @@
-"""Which tokens of a packed batch belong to which row of the bank.
+"""Which tokens of a packed batch belong to which rows of which banks.
 
 The plan travels with its micro-batch (`allele_trainer.model.batch.PackedBatch`) and is entered again by each layer:
 activation recompute and pipelining run a layer later than its neighbours, and with a global plan they would apply
@@ -16,92 +16,154 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.rows import Bank
+
+Counts = Sequence[tuple[int, int]]
+"""(slot, or owner, and its tokens), in ascending order."""
+
+MOST_GROUPS = 1023
+"""torch's grouped kernel on CUDA takes no more."""
+
+_GAP = 16
+"""Slots without tokens that a part may step over: a group costs something even when it is empty."""
+
+_RUN = 8
+"""Slots with equally many tokens, one behind the other, that are worth a kernel of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Tokens are ordered by slot; those after `tokens` are padding and have no adapter.
+class Part:
+    """Tokens `begin..end` of a batch, ordered by slot, for the rows `first..last-1` of one bank.
 
-    `spans`: (slot, first token, end) of each active slot. `offsets`: end of each group of slots `first..last-1`, empty
-    ones included, for reads that take a slice of the bank; `active_offsets`: end of each group of active slots, whose
-    gradients are added to the rows `active` of G.
+    `spans`: (slot, first token, end) of each slot with tokens, counted from `begin`. `offsets`: end of each group of
+    slots `first..last-1`, empty ones included, for reads that take a slice of the bank; `active_offsets`: end of each
+    group of slots with tokens, whose gradients are added to the rows `active` of G.
     """
 
     bank: Bank
-    tokens: int
+    begin: int
+    end: int
     spans: tuple[tuple[int, int, int], ...]
     first: int
     last: int
     offsets: Tensor
-    active: Tensor
-    """Gradient row of each active slot."""
-    rows: range | None
-    """The same, when they follow each other."""
     active_offsets: Tensor
+    active: Tensor
+    """Gradient row of each slot with tokens."""
+    rows: slice | None
+    """The same, when they follow each other."""
+    each: int | None
+    """Tokens of every slot `first..last-1`, when they are equally many."""
     scale: Tensor
-    """`[T, 1]`, the factor on B·A·x of each token's adapter."""
-
+    """`[tokens, 1]`, the factor on B·A·x of each token's adapter."""
     versions: tuple[tuple[int, int], ...]
     """(slot, its version) when the plan was made, after `stores` stores."""
     stores: int
-    local: Plan | None
-    """Of the tokens whose residual this tensor rank has, with sequence parallelism; None where none has an adapter."""
 
 
-def plan(
-    bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool, chunk: tuple[int, int] = (0, 1)
-) -> Plan:
-    """Plan of (slot, tokens) pairs in ascending order of slot, in a batch of `padded` tokens.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tokens outside of all parts are padding, or have no adapter. `local`: of the tokens whose residual this tensor
+    rank has; the same parts without sequence parallelism."""
+
+    parts: tuple[Part, ...]
+    local: tuple[Part, ...]
+
+
+def plan(banks: Banks, counts: Counts, *, padded: int, gradients: bool, chunk: tuple[int, int] = (0, 1)) -> Plan:
+    """Plan of (owner, tokens) in a batch of `padded` tokens.
 
     With `gradients` each slot has a gradient row; probe rows have none. `chunk`: (i, n) when this rank has the i-th
     of n equal parts of the batch's residual.
     """
+    owners = [owner for owner, _ in counts]
+    if owners != sorted(set(owners)) or not all(n > 0 for _, n in counts):
+        raise ValueError(f"counts: expected ascending owners with tokens, found {counts}")
+    parts = parts_of(banks, counts, gradients=gradients)
+    index, ranks = chunk
+    if ranks == 1:
+        return Plan(parts, parts)
+    size = padded // ranks
+    return Plan(parts, _local(banks, counts, index * size, (index + 1) * size, gradients=gradients))
+
+
+def parts_of(banks: Banks, counts: Counts, *, gradients: bool, begin: int = 0) -> tuple[Part, ...]:
+    """Of (owner, tokens) whose tokens follow each other from `begin` on."""
+    found = []
+    for bank, mine in banks.split(counts):
+        for some in cut(mine, most=MOST_GROUPS if bank.device.type == "cuda" else None):
+            found.append(_part(bank, some, begin, gradients=gradients))
+            begin = found[-1].end
+    return tuple(found)
+
+
+def cut(counts: Counts, *, most: int | None = None) -> list[Counts]:
+    """Counts of a bank, in parts for a kernel each of at most `most` slots: long runs of equal counts for themselves,
+    the rest together but for wide gaps."""
+    runs: list[list[tuple[int, int]]] = []
+    for slot, n in counts:
+        if runs and runs[-1][-1] == (slot - 1, n) and (most is None or len(runs[-1]) < most):
+            runs[-1].append((slot, n))
+        else:
+            runs.append([(slot, n)])
+    found: list[list[tuple[int, int]]] = []
+    for run in runs:
+        last = found[-1] if found else None
+        joins = last is not None and not _long(last) and not _long(run) and run[0][0] - last[-1][0] <= _GAP
+        if joins and last is not None and (most is None or run[-1][0] - last[0][0] < most):
+            last.extend(run)
+        else:
+            found.append(run)
+    return list(found)
+
+
+def _long(counts: Counts) -> bool:
+    """Whether a run of equal counts is long; what was joined is none."""
+    return len(counts) >= _RUN and _each(counts) is not None
+
+
+def _each(counts: Counts) -> int | None:
+    (first, n), last = counts[0], counts[-1][0]
+    return n if last - first + 1 == len(counts) and all(m == n for _, m in counts) else None
+
+
+def _part(bank: Bank, counts: Counts, begin: int, *, gradients: bool) -> Part:
     slots = [slot for slot, _ in counts]
-    if slots != sorted(set(slots)) or not all(n > 0 for _, n in counts):
-        raise ValueError(f"counts: expected ascending slots with tokens, found {counts}")
     first, last = slots[0], slots[-1] + 1
     tokens = torch.zeros(last - first, dtype=torch.int64)
-    for slot, n in counts:
-        tokens[slot - first] = n
+    tokens[torch.tensor(slots) - first] = torch.tensor([n for _, n in counts])
     ends = tokens.cumsum(0).to(torch.int32)
     rows = [bank.gradient_row(slot) for slot in slots] if gradients else []
-    per_token = torch.repeat_interleave(torch.arange(first, last), tokens).to(bank.device)
-    scale = torch.zeros(padded, 1, device=bank.device)
-    scale[: per_token.numel(), 0] = bank.scale[per_token]
     stops = list(itertools.accumulate(n for _, n in counts))
-    return Plan(
+    repeats = tokens.to(bank.device)
+    return Part(
         bank=bank,
-        tokens=per_token.numel(),
+        begin=begin,
+        end=begin + stops[-1],
         spans=tuple((slot, stop - n, stop) for (slot, n), stop in zip(counts, stops, strict=True)),
         first=first,
         last=last,
         offsets=ends.to(bank.device),
-        active=torch.tensor(rows, dtype=torch.int64).to(bank.device),
-        rows=range(rows[0], rows[-1] + 1) if rows and rows == list(range(rows[0], rows[-1] + 1)) else None,
         active_offsets=ends[torch.tensor(slots) - first].to(bank.device),
-        scale=scale,
+        active=torch.tensor(rows, dtype=torch.int64).to(bank.device),
+        rows=slice(rows[0], rows[-1] + 1) if rows and rows == list(range(rows[0], rows[-1] + 1)) else None,
+        each=_each(counts),
+        scale=bank.scale[first:last].repeat_interleave(repeats, output_size=stops[-1])[:, None],
         versions=tuple((slot, bank.versions[slot]) for slot in slots),
         stores=bank.stores,
-        local=_local(bank, counts, padded=padded, gradients=gradients, chunk=chunk),
     )
 
 
-def _local(
-    bank: Bank, counts: Sequence[tuple[int, int]], *, padded: int, gradients: bool, chunk: tuple[int, int]
-) -> Plan | None:
-    index, parts = chunk
-    if parts == 1:
-        return None
-    size = padded // parts
-    begin, end = index * size, (index + 1) * size
+def _local(banks: Banks, counts: Counts, begin: int, end: int, *, gradients: bool) -> tuple[Part, ...]:
+    """Of the tokens `begin..end` of a batch, counted from `begin`."""
     mine, at = [], 0
-    for slot, n in counts:
+    for owner, n in counts:
         overlap = min(at + n, end) - max(at, begin)
         if overlap > 0:
-            mine.append((slot, overlap))
+            mine.append((owner, overlap))
         at += n
-    return plan(bank, mine, padded=size, gradients=gradients) if mine else None
+    return parts_of(banks, mine, gradients=gradients)
 
 
 _routed: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("allele_plan", default=None)
@@ -111,7 +173,8 @@ _routed: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("allele_pl
 def routed(current: Plan | None) -> Iterator[None]:
     """Run a layer under a plan. Raises StaleSlot when one of its slots was given away since it was made."""
     if current is not None:
-        current.bank.check(current.versions, noted=current.stores)
+        for part in current.parts:
+            part.bank.check(part.versions, noted=part.stores)
     token = _routed.set(current)
     try:
         yield

@@ -15,7 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from allele_trainer.bank.rows import Bank
+from allele_trainer.bank.banks import Banks
 from allele_trainer.lora.plan import Plan
 from allele_trainer.rl.packing import Packed
 
@@ -32,11 +32,10 @@ class Bucket:
 class Carried:
     """Whose adapter each token has, in numbers that mean the same on every rank to which experts' tokens are sent.
 
-    `owners` `[T]`: slot of the token's adapter, counted on from bank to bank; −1 without one. `banks`: all of the
-    command's, in the same order on every rank, whether or not this rank has tokens of them.
+    `owners` `[T]`: of the token's adapter, among `banks`; −1 without one.
     """
 
-    banks: tuple[Bank, ...]
+    banks: Banks
     owners: Tensor
     gradients: bool
 
@@ -48,6 +47,8 @@ class PackedBatch(PackedSeqParams):
     positions: Tensor = None  # type: ignore[assignment]
     """`[T]` position of each token in its sequence."""
     longest: int = 0
+    rotary: tuple[Tensor, Tensor] = None  # type: ignore[assignment]
+    """Cosines and sines `[T, 1, head_dim / 2]` of the positions; set by the model."""
     buckets: tuple[Bucket, ...] = ()
     scatter: Tensor = None  # type: ignore[assignment]
     """`[T]` row of each token in the concatenated bucket outputs; the row behind the last is zero."""

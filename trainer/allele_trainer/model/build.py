@@ -10,7 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from allele_trainer.lora.linear import AdaptedLinear, concatenated, crossing, interleaved
+from allele_trainer.lora.linear import AdaptedLinear, crossing, outputs
 from allele_trainer.model.config import BaseConfig, check_layout, read_config, transformer_config
 from allele_trainer.model.convert import load_base, padded_vocab
 from allele_trainer.model.experts import PackedMoELayer
@@ -18,7 +18,6 @@ from allele_trainer.model.packed import (
     PackedAttention,
     PackedGPTModel,
     PackedLayer,
-    PackedRotary,
     SequenceParallelRMSNorm,
 )
 from allele_trainer.model.run import BaseModel
@@ -45,12 +44,8 @@ def build(folder: pathlib.Path, ranks: Ranks | None = None) -> BaseModel:
         post_process=place.pp_rank == layout.pp - 1,
         # Each stage reads what it needs: Megatron would sum the two copies of a tied embedding over the stages.
         share_embeddings_and_output_weights=config.tied and layout.pp == 1,
-        position_embedding_type="rope",
-        rotary_base=config.rope_theta,
+        frequencies=config.rotary_frequencies().to(ranks.device),
     )
-    if config.rope_scaling:
-        gpt.rotary_pos_emb.inv_freq = config.rotary_frequencies().to(ranks.device)
-    gpt.rotary_pos_emb = PackedRotary(gpt.rotary_pos_emb)
     load_base(gpt, folder, config=config, place=place)
     gpt.requires_grad_(False).to(ranks.device)
     if gpt.pre_process:
@@ -80,35 +75,16 @@ def _adapt(gpt: PackedGPTModel, config: BaseConfig, ranks: Ranks) -> None:
         crossing(by_inputs=by_inputs, tp=tp, sequence_parallel=ranks.sequence_parallel) for by_inputs in (False, True)
     )
     for layer in gpt.decoder.layers:
-        index = layer.layer_number - 1
         attention, mlp = layer.self_attention, layer.mlp
-        attention.linear_qkv = AdaptedLinear(
-            attention.linear_qkv,
-            site=(index, "linear_qkv"),
-            outputs=qkv,
-            assemble=interleaved(config.groups // tp),
-            crossing=outward,
-        )
-        attention.linear_proj = AdaptedLinear(
-            attention.linear_proj,
-            site=(index, "linear_proj"),
-            outputs=(config.hidden,),
-            assemble=concatenated,
-            crossing=inward,
-        )
-        if config.experts:
-            continue
-        mlp.linear_fc1 = AdaptedLinear(
-            mlp.linear_fc1,
-            site=(index, "linear_fc1"),
-            outputs=(ffn, ffn),
-            assemble=concatenated,
-            crossing=outward,
-        )
-        mlp.linear_fc2 = AdaptedLinear(
-            mlp.linear_fc2,
-            site=(index, "linear_fc2"),
-            outputs=(config.hidden,),
-            assemble=concatenated,
-            crossing=inward,
-        )
+        linears = [
+            (attention, "linear_qkv", outputs("linear_qkv", qkv, groups=config.groups // tp), outward),
+            (attention, "linear_proj", outputs("linear_proj", (config.hidden,)), inward),
+        ]
+        if not config.experts:
+            linears += [
+                (mlp, "linear_fc1", outputs("linear_fc1", (ffn, ffn)), outward),
+                (mlp, "linear_fc2", outputs("linear_fc2", (config.hidden,)), inward),
+            ]
+        for module, name, places, way in linears:
+            site = (layer.layer_number - 1, name)
+            setattr(module, name, AdaptedLinear(getattr(module, name), site=site, outputs=places, crossing=way))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor, nn
 
-from allele_trainer.bank.layout import GROUPS, linear_name
-from allele_trainer.lora.linear import concatenated, low_rank
-from allele_trainer.lora.plan import Plan, plan
+from allele_trainer.bank.layout import linear_name
+from allele_trainer.lora.linear import Adapters, adapted, outputs, with_stacks
+from allele_trainer.lora.plan import Part, parts_of
 from allele_trainer.model.batch import Carried, current_batch
 
 _PAD = 64
@@ -119,8 +119,8 @@ class GroupedExperts(MegatronModule):
         self.fc1, self.fc2 = parameter(2 * ffn, hidden), parameter(hidden, ffn)
         self._first = parallel_state.get_expert_model_parallel_rank() * num_local_experts
         self._outputs = {
-            "linear_fc1": dict.fromkeys(GROUPS["linear_fc1"], ffn),
-            "linear_fc2": dict.fromkeys(GROUPS["linear_fc2"], hidden),
+            "linear_fc1": outputs("linear_fc1", (ffn, ffn)),
+            "linear_fc2": outputs("linear_fc2", (hidden,)),
         }
         self.layer = 0
 
@@ -133,33 +133,23 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens: Tensor, counts: list[int], weights: Tensor, carried: Carried | None) -> Tensor:
         """tokens `[n, h]` ordered by expert, `counts` of them each, weights `[n]` → `[n, h]`."""
         order = padded_order(counts, carried.owners if carried else None, device=tokens.device)
-        plans = _plans(carried, counts, order) if carried else []
+        parts = _parts(carried, counts, order) if carried else []
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, order.gather)
-        gate, up = self._linear("linear_fc1", self.fc1, x, order, plans).chunk(2, dim=-1)
-        y = self._linear("linear_fc2", self.fc2, F.silu(gate) * up, order, plans)
+        gate, up = self._linear("linear_fc1", self.fc1, x, order, parts).chunk(2, dim=-1)
+        y = self._linear("linear_fc2", self.fc2, F.silu(gate) * up, order, parts)
         return y.index_select(0, order.scatter) * weights[:, None].to(y.dtype)
 
-    def _linear(self, name: str, weight: Tensor, x: Tensor, order: Order, plans: list[ExpertPlan]) -> Tensor:
+    def _linear(self, name: str, weight: Tensor, x: Tensor, order: Order, parts: Sequence[tuple[Part, ...]]) -> Tensor:
         if x.is_cuda:
             y: Tensor = F.grouped_mm(x, weight.transpose(1, 2), offs=order.ends)
         else:
             y = torch.cat([F.linear(part, w) for part, w in zip(x.split(order.sizes), weight, strict=True)])
-        deltas, at = [], 0
-        for p in plans:
-            stack = p.plan.bank.stacks.get((self.layer, linear_name(name, self._first + p.expert)))
-            if stack is not None:
-                part = x[p.begin : p.end]
-                delta = low_rank(
-                    part,
-                    stack=stack,
-                    before=p.plan,
-                    after=p.plan,
-                    outputs=self._outputs[name],
-                    assemble=concatenated,
-                )
-                deltas += [y.new_zeros(p.begin - at, y.shape[1]), delta]
-                at = p.end
-        return y + torch.cat([*deltas, y.new_zeros(y.shape[0] - at, y.shape[1])]) if deltas else y
+        found = [
+            pair
+            for expert, mine in enumerate(parts, start=self._first)
+            for pair in with_stacks(mine, (self.layer, linear_name(name, expert)))
+        ]
+        return adapted(x, y, Adapters(found, found, self._outputs[name])) if found else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,16 +165,6 @@ class Order:
     owners: Tensor
     sizes: list[int]
     ends: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertPlan:
-    """Tokens `begin..end` of the padded order: those of one bank at one expert of this rank."""
-
-    expert: int
-    begin: int
-    end: int
-    plan: Plan
 
 
 def padded_order(counts: list[int], owners: Tensor | None, *, device: torch.device) -> Order:
@@ -210,21 +190,14 @@ def padded_order(counts: list[int], owners: Tensor | None, *, device: torch.devi
     return Order(gather, scatter, placed, sizes, begins[1:].to(torch.int32))
 
 
-def _plans(carried: Carried, counts: list[int], order: Order) -> list[ExpertPlan]:
-    """A plan for each bank at each expert, in the order of their tokens."""
-    found, at = [], 0
-    firsts = [0, *itertools.accumulate(b.slots + b.probes for b in carried.banks)]
-    for expert, (part, count) in enumerate(zip(order.owners.cpu().split(order.sizes), counts, strict=True)):
-        owners, numbers = (t.tolist() for t in part[:count].unique_consecutive(return_counts=True))
-        begin = at
-        for bank, first, after in zip(carried.banks, firsts, firsts[1:], strict=False):
-            mine = [(o - first, n) for o, n in zip(owners, numbers, strict=True) if first <= o < after]
-            tokens = sum(n for _, n in mine)
-            if mine:
-                routes = plan(bank, mine, padded=tokens, gradients=carried.gradients)
-                found.append(ExpertPlan(expert, begin, begin + tokens, routes))
-            begin += tokens
-        at += order.sizes[expert]
+def _parts(carried: Carried, counts: list[int], order: Order) -> list[tuple[Part, ...]]:
+    """Of the tokens of each expert."""
+    found, begin = [], 0
+    for size, owners, count in zip(order.sizes, order.owners.cpu().split(order.sizes), counts, strict=True):
+        mine, tokens = (t.tolist() for t in owners[:count].unique_consecutive(return_counts=True))
+        some = [(owner, n) for owner, n in zip(mine, tokens, strict=True) if owner >= 0]
+        found.append(parts_of(carried.banks, some, gradients=carried.gradients, begin=begin))
+        begin += size
     return found
 
 

@@ -6,6 +6,7 @@ sequence to the longest wastes most of a batch; so hidden states are `[T, 1, h]`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,28 +29,87 @@ class SequenceParallelRMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch does not declare it
 
 
-class PackedRotary(nn.Module):
-    """Rotary table of each token's own position."""
+class Rotary(nn.Module):
+    """Cosines and sines of each token's own position; the table grows with the longest sequence seen."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, frequencies: Tensor) -> None:
+        """`frequencies` `[head_dim / 2]`"""
         super().__init__()
-        self.inner = inner
-        self._batch: PackedBatch | None = None
+        self._frequencies = frequencies
+        self._cos = self._sin = frequencies.new_empty(0, frequencies.numel())
 
-    def get_rotary_seq_len(self, _context: Any, _block: Any, _input: Any, _config: Any, batch: PackedBatch) -> int:
-        """Megatron asks for the length right before the table; the batch is kept for that call."""
-        self._batch = batch
-        return batch.longest
+    def forward(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`[T]` positions below `longest` → `[T, 1, head_dim / 2]` each."""
+        if self._cos.shape[0] < longest:
+            angles = torch.outer(torch.arange(longest, device=positions.device).float(), self._frequencies)
+            self._cos, self._sin = angles.cos(), angles.sin()
+        cos, sin = (table.index_select(0, positions)[:, None].to(dtype) for table in (self._cos, self._sin))
+        return cos, sin
 
-    def forward(self, length: int, **_: Any) -> Tensor:
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        table: Tensor = self.inner.get_emb(length).flatten(1)  # type: ignore[operator]
-        return table.index_select(0, batch.positions)[:, None, None, :]
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, into: Tensor) -> None:
+    """Each pair (x[i], x[i + head_dim / 2]) turned by its angle: arXiv:2104.09864, in Hugging Face's order of features.
+
+    Products and sums are rounded one by one: a fused kernel would round the tail of a vector otherwise than its middle.
+    """
+    (first, second), (one, two) = x.chunk(2, dim=-1), into.chunk(2, dim=-1)
+    torch.mul(first, cos, out=one)
+    torch.mul(second, cos, out=two)
+    one.sub_(second * sin)
+    two.add_(first * sin)
+
+
+class _Sequences(torch.autograd.Function):
+    """Queries and keys `[T, heads, d]`, turned, and values → `[sequences, width, heads, d]` of each bucket.
+
+    First all queries, then keys, then values. Every token is in one place of one bucket: its gradient is read from
+    there, nothing is added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
+        ctx.batch = batch
+        padded = [x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (query, key, value)]
+        for x, into in zip((query, key), padded, strict=False):
+            _rotate(x, *batch.rotary, into=into[:-1])
+        padded[2][:-1] = value
+        for into in padded:
+            into[-1].zero_()
+        return tuple(x.index_select(0, b.gather).view(-1, b.width, *x.shape[1:]) for x in padded for b in batch.buckets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        batch: PackedBatch = ctx.batch
+        n = len(batch.buckets)
+        query, key, value = (_tokens(grads[i : i + n], batch.scatter) for i in (0, n, 2 * n))
+        cos, sin = batch.rotary
+        for x in (query, key):
+            _rotate(x.clone(), cos, -sin, into=x)
+        return query, key, value, None
+
+
+class _Tokens(torch.autograd.Function):
+    """Outputs `[sequences, width, heads, d]` of each bucket → `[T, heads, d]`, zero for padding."""
+
+    @staticmethod
+    def forward(ctx: Any, batch: PackedBatch, *outputs: Tensor) -> Tensor:
+        ctx.batch = batch
+        return _tokens(outputs, batch.scatter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        batch: PackedBatch = ctx.batch
+        padded = torch.cat([grads[0], grads[0].new_zeros(1, *grads[0].shape[1:])])
+        return None, *(padded.index_select(0, b.gather).view(-1, b.width, *padded.shape[1:]) for b in batch.buckets)
+
+
+def _tokens(parts: Sequence[Tensor], scatter: Tensor) -> Tensor:
+    rows = [x.flatten(0, 1) for x in parts]
+    return torch.cat([*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]).index_select(0, scatter)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence: one kernel per bucket of equal width.
+    """Causal attention within each sequence, rotary positions included: one kernel per bucket of equal width.
 
     A sequence's width depends on its own length alone, never on its neighbours, and with it the bits of the result.
     """
@@ -69,18 +129,18 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query `[T, 1, heads, d]`, key and value `[T, 1, groups, d]` → `[T, 1, heads·d]`."""
-        tokens, _one, heads, dim = query.shape
-        padded = [F.pad(x.reshape(tokens, -1), (0, 0, 0, 1)) for x in (query, key, value)]
-        outputs = []
-        for bucket in packed_seq_params.buckets:
-            q, k, v = (
-                x.index_select(0, bucket.gather).view(-1, bucket.width, x.shape[1] // dim, dim).transpose(1, 2)
-                for x in padded
-            )
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=self._scale)
-            outputs.append(o.transpose(1, 2).reshape(-1, heads * dim))
-        outputs.append(query.new_zeros(1, heads * dim))
-        return torch.cat(outputs).index_select(0, packed_seq_params.scatter)[:, None, :]
+        batch = packed_seq_params
+        parts = _Sequences.apply(query[:, 0], key[:, 0], value[:, 0], batch)
+        n = len(batch.buckets)
+        outputs = [self._attend(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
+        found: Tensor = _Tokens.apply(batch, *outputs)
+        return found.flatten(1)[:, None]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[sequences, width, heads, d]` each."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=self._scale)
+        return found.transpose(1, 2)
 
 
 class PackedLayer(TransformerLayer):
@@ -95,10 +155,17 @@ class PackedLayer(TransformerLayer):
 class PackedGPTModel(GPTModel):
     """Computes logits only of the rows that the batch asks for: prompts and padding cost no vocabulary GEMM."""
 
-    def __init__(self, *, config: Any, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
+    def __init__(self, *, config: Any, frequencies: Tensor, **kwargs: Any) -> None:
+        super().__init__(config=config, position_embedding_type="none", **kwargs)
+        self.rotary = Rotary(frequencies)
         if self.post_process:
             self.output_layer.sequence_parallel = False  # wanted rows are taken from the tokens of all tensor ranks
+
+    def forward(self, *args: Any, packed_seq_params: PackedBatch, **kwargs: Any) -> Tensor:
+        batch = packed_seq_params
+        batch.rotary = self.rotary(batch.positions, batch.longest, self.config.params_dtype)
+        output: Tensor = super().forward(*args, packed_seq_params=batch, **kwargs)
+        return output
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedBatch, **kwargs: Any) -> Tensor:
         if self.post_process:

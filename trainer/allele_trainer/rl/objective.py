@@ -20,9 +20,9 @@ from allele_trainer.rl.sums import Sums, sums_of
 
 @dataclasses.dataclass
 class _Alike:
-    """Samples of a micro-batch with the same loss, in its order: slot, first target, number of targets and goal."""
+    """Samples of a micro-batch with the same loss, in its order: owner, first target, number of targets and goal."""
 
-    slots: list[int] = dataclasses.field(default_factory=list)
+    owners: list[int] = dataclasses.field(default_factory=list)
     starts: list[int] = dataclasses.field(default_factory=list)
     lengths: list[int] = dataclasses.field(default_factory=list)
     goals: list[Goal] = dataclasses.field(default_factory=list)
@@ -39,7 +39,7 @@ class _Alike:
 
 
 def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tuple[Tensor, dict[int, Sums]]:
-    """Σ value · weight over the `targets` `[n]` of samples with goals; sums by slot.
+    """Σ value · weight over the `targets` `[n]` of samples with goals; sums by owner.
 
     Losses are computed one after the other over the tokens of the members that have them: no number of one member
     meets that of another but in the last sum, whose parts have their own gradients.
@@ -57,7 +57,7 @@ def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tu
         weight = torch.as_tensor(some.spread([g.weight for g in some.goals])).to(logprobs)
         weight = weight.masked_fill(unknown.index_select(0, rows), 0.0)
         entropy = distribution.entropy.index_select(0, rows)
-        owners = np.repeat(some.slots, some.lengths)
+        owners = np.repeat(some.owners, some.lengths)
         sums.update(sums_of(tokens, terms, weight=weight, entropy=entropy, owners=owners))
         total = total + (terms.loss * weight).sum()
     return total, sums
@@ -70,7 +70,7 @@ def _by_loss(packed: Packed) -> dict[LossSpec, _Alike]:
         assert sample.goal is not None, "trained samples have goals"
         some = found.setdefault(sample.goal.loss, _Alike())
         length = len(sample.completion)
-        some.slots.append(sample.slot)
+        some.owners.append(sample.owner)
         some.starts.append(start)
         some.lengths.append(length)
         some.goals.append(sample.goal)

@@ -1,7 +1,7 @@
 """Samples → packed micro-batches, as arrays.
 
 A member's bits must not depend on who shares its batch, so every choice here depends on the member alone: its sequences
-are split into units by its own tokens, a micro-batch never holds two units of one slot, sequences meet attention at a
+are split into units by its own tokens, a micro-batch never holds two units of one owner, sequences meet attention at a
 width that follows from their own length, and the whole batch is padded to a multiple of 64 tokens (GEMM kernels for few
 rows give other bits; the rows themselves do not change each other).
 """
@@ -26,12 +26,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sequence of one slot. `goal`: what it is trained towards; None where only its logprobs are wanted.
+    """One sequence of one owner (`allele_trainer.bank.banks`).
+
+    `goal`: what it is trained towards; None where only its logprobs are wanted.
 
     `pair`: it and its neighbour with the same number stay together.
     """
 
-    slot: int
+    owner: int
     prompt: Sequence[int]
     completion: Sequence[int]
     goal: Goal | None = None
@@ -53,20 +55,20 @@ class AttentionBucket:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """T tokens (padded), R logit rows (padded), n ≤ R targets; sequences ordered by slot."""
+    """T tokens (padded), R logit rows (padded), n ≤ R targets; sequences ordered by owner."""
 
     tokens: Ints
     positions: Ints
     longest: int
     counts: tuple[tuple[int, int], ...]
-    """(slot, tokens), ascending."""
+    """(owner, tokens), ascending."""
     buckets: tuple[AttentionBucket, ...]
     scatter: Ints
     rows: Ints
     targets: Ints
     """`[n]`"""
     owners: Ints
-    """`[n]` slot of each target."""
+    """`[n]` owner of each target."""
     samples: tuple[Sample, ...]
     """In the order of their targets."""
     routing: npt.NDArray[np.int16] | None
@@ -84,14 +86,14 @@ def width(length: int) -> int:
 def micro_batches(samples: Iterable[Sample], *, max_tokens: int) -> list[list[Sample]]:
     """Split samples into micro-batches of at most `max_tokens` input tokens (one longer sequence goes alone).
 
-    Order of a slot's samples is kept. Each slot's share of a micro-batch is the same whoever else is there.
+    Order of a owner's samples is kept. Each owner's share of a micro-batch is the same whoever else is there.
     """
-    by_slot: dict[int, list[Sample]] = {}
+    by_owner: dict[int, list[Sample]] = {}
     for sample in samples:
-        by_slot.setdefault(sample.slot, []).append(sample)
+        by_owner.setdefault(sample.owner, []).append(sample)
     rounds: list[list[list[Sample]]] = []
-    for slot in sorted(by_slot):
-        for i, unit in enumerate(units_of(by_slot[slot], max_tokens=max_tokens)):
+    for owner in sorted(by_owner):
+        for i, unit in enumerate(units_of(by_owner[owner], max_tokens=max_tokens)):
             if i == len(rounds):
                 rounds.append([])
             rounds[i].append(unit)
@@ -151,7 +153,7 @@ def together(samples: Sequence[S]) -> list[Sequence[S]]:
 
 
 def pack(samples: Sequence[Sample]) -> Packed:
-    """One micro-batch; samples in ascending order of slot. Without samples, padding alone."""
+    """One micro-batch; samples in ascending order of owner. Without samples, padding alone."""
     lengths = np.array([s.inputs for s in samples], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     total = int(starts[-1])
@@ -165,10 +167,10 @@ def pack(samples: Sequence[Sample]) -> Packed:
     answers = np.array([len(s.completion) for s in samples], np.int64)
     first = starts[1:] - answers
     rows = np.arange(int(answers.sum())) - np.repeat(np.cumsum(answers) - answers, answers) + np.repeat(first, answers)
-    slots = np.array([s.slot for s in samples], np.int64)
+    owners = np.array([s.owner for s in samples], np.int64)
     counts: dict[int, int] = {}
-    for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-        counts[slot] = counts.get(slot, 0) + length
+    for owner, length in zip(owners.tolist(), lengths.tolist(), strict=True):
+        counts[owner] = counts.get(owner, 0) + length
     return Packed(
         tokens=tokens,
         positions=positions,
@@ -178,7 +180,7 @@ def pack(samples: Sequence[Sample]) -> Packed:
         scatter=scatter,
         rows=np.concatenate([rows, np.zeros(_padded(rows.size) - rows.size, np.int64)]),
         targets=np.fromiter(itertools.chain.from_iterable(s.completion for s in samples), np.int64),
-        owners=np.repeat(slots, answers),
+        owners=np.repeat(owners, answers),
         samples=tuple(samples),
         routing=_routing(samples, size),
         unknown=np.fromiter(itertools.chain.from_iterable(_unknown(s) for s in samples), np.bool_),
@@ -207,7 +209,12 @@ def _unknown(sample: Sample) -> Sequence[bool]:
 
 
 def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:
-    """Gather indices of each width, and where each token comes back from; `size` and the last row mean zero."""
+    """Gather indices of each width, and where each token comes back from; `size` and the last row mean zero.
+
+    Without sequences a bucket of zeros: a rank with padding alone takes part in the others' collectives.
+    """
+    if not lengths.size:
+        return (AttentionBucket(1, np.array([size])),), np.full(size, 1)
     widths = np.array([width(n) for n in lengths.tolist()], np.int64)
     buckets: list[AttentionBucket] = []
     place = np.zeros(lengths.size, np.int64)

@@ -60,7 +60,7 @@ class Sums:
 def sums_of(
     tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, owners: npt.NDArray[np.int64]
 ) -> dict[int, Sums]:
-    """By slot. `weight`, `entropy` `[n]`; `owners` `[n]`: slot of each token, those of a slot side by side."""
+    """By owner. `weight`, `entropy` `[n]`; `owners` `[n]`: owner of each token, those of a owner side by side."""
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     gap = None if tokens.rollout is None else (tokens.logprobs - tokens.rollout).abs()
     ranked = None if terms.ranked is None else terms.ranked * weight
@@ -84,6 +84,6 @@ def sums_of(
     counts = np.diff(first, append=owners.size).tolist()
     rows = zip(*columns.values(), strict=True)
     return {
-        slot: Sums(tokens=n, **dict(zip(columns, row, strict=True)))
-        for slot, n, row in zip(owners[first].tolist(), counts, rows, strict=True)
+        owner: Sums(tokens=n, **dict(zip(columns, row, strict=True)))
+        for owner, n, row in zip(owners[first].tolist(), counts, rows, strict=True)
     }

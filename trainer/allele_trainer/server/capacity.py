@@ -21,6 +21,7 @@ from allele.format import AdapterShape
 from allele.format.shape import TARGETS
 from allele.protocol.commands import OptimizerSpec
 from allele.protocol.losses import PolicyLoss
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.host import free_memory
 from allele_trainer.bank.rows import Bank, bank_bytes
 from allele_trainer.bank.shard import Shard
@@ -119,7 +120,7 @@ class _Try:
             bank.store(slot, self._row, scale=1.0)
         wave = waves_of(slots, self._model.device)
         samples = self._samples(wave)
-        train(self._model, bank, samples)
+        train(self._model, Banks([bank]), samples)
         for slot in range(wave):
             bank.gradient_row(slot)
         step(bank, [Update(slot, 1e-3, OptimizerSpec()) for slot in range(wave)], ranks=self._model.ranks)

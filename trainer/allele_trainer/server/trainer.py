@@ -13,6 +13,7 @@ import torch
 from allele.format import AdapterShape, ShapeMismatch, StateShape
 from allele.protocol import commands as c
 from allele.protocol.errors import InvalidRequest, NotFound
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.host import Held, HostTier
 from allele_trainer.bank.rows import Bank
 from allele_trainer.bank.shard import Shard
@@ -141,21 +142,22 @@ class Trainer:
         by_table: dict[int, list[Part]] = {}
         for part in parts:
             by_table.setdefault(id(part.table), []).append(part)
-        for some in by_table.values():  # what may fail comes before what cannot be undone
-            some[0].table.resident([p.key for p in some], gradients=True)
-        self._learn([p for p in parts if p.key.member not in p.work.goals])
-        for some in by_table.values():
-            table = some[0].table
+        tables = [t for t in self._tables.values() if id(t) in by_table]
+        banks, owned = Banks(t.bank for t in tables), []
+        for place, table in enumerate(tables):  # what may fail comes before what cannot be undone
+            some = by_table[id(table)]
             slots = table.resident([p.key for p in some], gradients=True)
-            order = sorted(zip(slots, some, strict=True), key=lambda pair: pair[0])
-            samples = [
-                Sample(slot, s.prompt, s.completion, goal, s.pair, s.experts)
-                for slot, p in order
-                for s, goal in zip(p.samples, p.goals(), strict=True)
-            ]
-            sums = train(self.model, table.bank, samples)
-            for slot, part in order:
-                part.work.sums[part.key.member].add(sums[slot])
+            owned += [(banks.owner(place, slot), p) for slot, p in zip(slots, some, strict=True)]
+        self._learn([p for p in parts if p.key.member not in p.work.goals])
+        owned.sort(key=lambda pair: pair[0])
+        samples = [
+            Sample(owner, s.prompt, s.completion, goal, s.pair, s.experts)
+            for owner, p in owned
+            for s, goal in zip(p.samples, p.goals(), strict=True)
+        ]
+        sums = train(self.model, banks, samples)
+        for owner, part in owned:
+            part.work.sums[part.key.member].add(sums[owner])
 
     def _learn(self, parts: Sequence[Part]) -> None:
         """Ask the base about all samples of members whose rewards depend on it, before the first of them is trained."""
@@ -235,7 +237,7 @@ class Trainer:
                     row = bank.shard.take(from_bytes(bank.shape.unpack(packed[k.member])))
                     slots.append(bank.store_probe(i, row, scale=table.page(k).scale))
                 samples = [Sample(slot, p.prompt, p.completion) for slot in slots for p in command.probes]
-                values = logprobs(self.model, bank, samples, max_tokens=self.limits.max_tokens)
+                values = logprobs(self.model, Banks([bank]), samples, max_tokens=self.limits.max_tokens)
                 result.update({k.member: tuple(values[s]) for k, s in zip(wave, slots, strict=True)})
         return result
 
