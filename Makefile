@@ -47,8 +47,8 @@ test-fast: env ## Tests of the inner loop, under a minute
 	$(PY) -m pytest -m "not cluster and not engine and not slow and not gpu"
 
 .PHONY: bench-trainer
-bench-trainer: env ## One step of N adapters against four other ways (ARGS="--models h64 --tokens 8,32"; 15 minutes)
-	$(PY) -W ignore -m bench.trainer $(ARGS)
+bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on a GPU; ARGS="--help" tells; 15 minutes)
+	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)
 
 .PHONY: lint
 lint: env ## ruff, mypy, import-linter, generated files

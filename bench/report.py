@@ -72,8 +72,13 @@ def _lines(path: str) -> Sequence[str]:
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=name)
-    for column in rows[0]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     return table
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import pathlib
+import time
 
 from pydantic import BaseModel
 
@@ -11,7 +13,9 @@ from allele.protocol import commands as c
 from allele.protocol import samples
 from allele.protocol.losses import PolicyLoss
 from allele.store import PopulationStore
+from allele_trainer.bank.host import free_memory
 from allele_trainer.model.build import BaseModel as FrozenModel
+from allele_trainer.server.capacity import waves_of
 from allele_trainer.server.executor import Executor
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.session import Sessions
@@ -28,10 +32,20 @@ class Ours:
     name = "allele"
     scale = 1.0
 
-    def __init__(self, model: FrozenModel, work: Workload, *, store: pathlib.Path, slots: int | None = None) -> None:
+    def __init__(
+        self,
+        model: FrozenModel,
+        work: Workload,
+        *,
+        store: pathlib.Path,
+        slots: int | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        """`slots`: as many as members, or fewer; then they are stepped in waves."""
         found = PopulationStore.open(f"file://{store}", namespace="bench", population="members")
         held = slots or work.members
-        limits = Limits(slots=held, wave=held, max_rank=RANK, max_tokens=MAX_TOKENS, host_memory=8 << 30)
+        wave = waves_of(held, model.device) if held < work.members else held
+        limits = Limits(slots=held, wave=wave, max_rank=RANK, max_tokens=max_tokens, host_memory=free_memory() // 2)
         self.trainer = Trainer(model, open_store=lambda _namespace, _name: RunStore(found), limits=limits)
         self._executor = Executor(
             self.trainer, sessions=Sessions("bench"), base_digest="sha256:bench", metrics=Metrics()
@@ -39,18 +53,27 @@ class Ours:
         self._executor.start()
         self._seq = itertools.count(1)
         self._members = [f"m{i}" for i in range(work.members)]
-        self._columns = _columns(work, self._members)
-        self._reset()
+        self._waves = [self._members[i : i + wave] for i in range(0, work.members, wave)]
+        self._columns = [_columns(work, some, first=i * wave) for i, some in enumerate(self._waves)]
+        self.seconds: collections.Counter[str] = collections.Counter()
+        """Wall time so far, by command."""
         self.mode = ""
+        self._reset()
 
     def step(self) -> None:
-        self._send("admit", c.Admit(header=self._header(), members=tuple(self._members)))
-        loss = PolicyLoss(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
-        command = c.ForwardBackward(header=self._header(), losses=(loss,))
-        body = samples.encode(command, samples.TRAIN, self._columns)
-        reply = self._executor.submit("forward_backward", body).result()
-        self.mode = c.ForwardBackwardDone.model_validate_json(reply).mode
-        self._send("optim_step", c.OptimStep(header=self._header(), learning_rates=dict.fromkeys(self._members, RATE)))
+        for i, (wave, columns) in enumerate(zip(self._waves, self._columns, strict=True)):
+            after = tuple(self._waves[i + 1]) if i + 1 < len(self._waves) else ()
+            self._send("admit", c.Admit(header=self._header(), members=tuple(wave), next=after))
+            loss = PolicyLoss(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
+            command = c.ForwardBackward(header=self._header(), losses=(loss,))
+            reply = self._submit("forward_backward", samples.encode(command, samples.TRAIN, columns))
+            self.mode = c.ForwardBackwardDone.model_validate_json(reply).mode
+            self._send("optim_step", c.OptimStep(header=self._header(), learning_rates=dict.fromkeys(wave, RATE)))
+
+    def export(self) -> None:
+        """All members, as a driver publishes a step."""
+        for wave in self._waves:
+            self._send("export", c.Export(header=self._header(), members=tuple(wave)))
 
     def close(self) -> None:
         self._executor.stop()
@@ -67,14 +90,20 @@ class Ours:
         return c.Header(run="run", epoch=1, incarnation="bench", seq=next(self._seq))
 
     def _send(self, name: str, command: BaseModel) -> None:
-        self._executor.submit(name, command.model_dump_json().encode()).result()
+        self._submit(name, command.model_dump_json().encode())
+
+    def _submit(self, name: str, body: bytes) -> bytes:
+        began = time.perf_counter()
+        reply = self._executor.submit(name, body).result()
+        self.seconds[name] += time.perf_counter() - began
+        return reply
 
 
-def _columns(work: Workload, members: list[str]) -> dict[str, list[object]]:
+def _columns(work: Workload, members: list[str], *, first: int) -> dict[str, list[object]]:
     ids, old, advantages = work.ids().tolist(), work.logprobs().tolist(), work.advantages().tolist()
-    at = [(i, j) for i in range(work.members) for j in range(work.tokens // work.length)]
+    at = [(first + i, j) for i in range(len(members)) for j in range(work.tokens // work.length)]
     return {
-        "member": [members[i] for i, _ in at],
+        "member": [members[i - first] for i, _ in at],
         "loss": [0] * len(at),
         "prompt": [ids[i][j][: work.prompt] for i, j in at],
         "completion": [ids[i][j][work.prompt :] for i, j in at],

@@ -54,12 +54,13 @@ class _Kernel(Protocol):
 
 
 def _kernel(x: Tensor, weight: Tensor, part: Part) -> type[_Kernel]:
+    """Rows of a bank start at multiples of 64 bytes: whether a kernel takes its views is up to their own sizes."""
     _, out, into = weight.shape
-    unit = 16 // x.element_size()
-    sizes = (out, into, weight.stride(0), weight.storage_offset())
-    if any(n % unit for n in sizes) or (x.is_cuda and x.dtype != torch.bfloat16):
+    on_cuda, dtype = x.is_cuda, x.dtype
+    unit = 16 // dtype.itemsize
+    if out % unit or into % unit or weight.storage_offset() % unit or (on_cuda and dtype != torch.bfloat16):
         return _SlotBySlot
-    if part.each and part.each * out * into >= _TINY and not x.is_cuda and x.dtype == torch.float32:
+    if part.each and part.each * out * into >= _TINY and not on_cuda and dtype == torch.float32:
         return _Batched
     return _Grouped
 
@@ -115,7 +116,7 @@ class _SlotBySlot:
 
 def _by_slot(x: Tensor, part: Part) -> Tensor:
     """`[tokens, k]` → `[slots, tokens of each, k]`"""
-    return x.unflatten(0, (part.last - part.first, -1))
+    return x.view(part.last - part.first, -1, x.shape[1])
 
 
 def _add(grad: Tensor, update: Tensor, part: Part) -> None:

@@ -28,12 +28,13 @@ class Outputs:
     """Where the outputs of a linear's targets are: of each of `groups` equal stretches, the same columns."""
 
     groups: int
-    columns: Mapping[str, slice]
+    columns: Mapping[str, tuple[int, int]]
+    """First column and number of columns."""
 
     def of(self, y: Tensor, stack: Stack) -> list[Tensor]:
         """`[T, out]` → `[T, groups, outputs / groups]` of each target that the stack has, views."""
-        grouped = y.unflatten(1, (self.groups, -1))
-        return [grouped[..., self.columns[target]] for target in stack.block.targets]
+        grouped = y.view(y.shape[0], self.groups, -1)
+        return [grouped.narrow(2, *self.columns[target]) for target in stack.block.targets]
 
 
 def outputs(linear: str, sizes: Sequence[int], *, groups: int = 1) -> Outputs:
@@ -43,7 +44,7 @@ def outputs(linear: str, sizes: Sequence[int], *, groups: int = 1) -> Outputs:
     """
     columns, at = {}, 0
     for target, size in zip(GROUPS[linear], sizes, strict=True):
-        columns[target] = slice(at, at + size // groups)
+        columns[target] = at, size // groups
         at += size // groups
     return Outputs(groups, columns)
 
@@ -142,15 +143,20 @@ class Adapters:
     """Columns that cross, the same on all ranks."""
 
 
+_START = torch.zeros(0, requires_grad=True)
+"""Given to each linear with adapters, so that its output has a gradient also where its input has none: below the first
+adapter nothing is computed backward."""
+
+
 def adapted(x: Tensor, y: Tensor, adapters: Adapters) -> Tensor:
     """Base outputs `[…, out]` of inputs `[…, in]` plus scale·B·A·x. Gradients of A and B are added to the banks'."""
-    found: Tensor = _Adapted.apply(x, y, None, adapters)
+    found: Tensor = _Adapted.apply(x, y, None, adapters, _START)
     return found
 
 
 def adapted_linear(x: Tensor, weight: Tensor, adapters: Adapters) -> Tensor:
     """The same, base outputs included: those of a frozen weight `[out, in]` that one rank has whole."""
-    found: Tensor = _Adapted.apply(x, None, weight, adapters)
+    found: Tensor = _Adapted.apply(x, None, weight, adapters, _START if adapters.before else None)
     return found
 
 
@@ -158,7 +164,9 @@ class _Adapted(torch.autograd.Function):
     """h = scale·A·x and y + B·h; on the way back gh = Bᵀ·gy, gx = scale·Aᵀ·gh, and Σ gy⊗h, Σ scale·gh⊗x for B and A."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, adapters: Adapters) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, adapters: Adapters, _start: Tensor | None
+    ) -> Tensor:
         flat = _flat(x)
         total = y.clone(memory_format=torch.contiguous_format) if weight is None else F.linear(x, weight)
         found = [product(flat[p.begin : p.end], stack.a, p).mul_(p.scale) for p, stack in adapters.before]
@@ -167,19 +175,19 @@ class _Adapted(torch.autograd.Function):
             found = _split(h, adapters.after)
         for h, (part, stack) in zip(found, adapters.after, strict=True):
             places = adapters.outputs.of(_flat(total)[part.begin : part.end], stack)
-            for place, b, column in zip(places, stack.b, h.split(stack.block.rank, dim=1), strict=True):
+            for place, b, column in zip(places, stack.b, h.chunk(len(stack.b), dim=1), strict=True):
                 place.add_(product(column, b, part).view(place.shape))
         ctx.save_for_backward(x)
         ctx.adapters, ctx.products, ctx.weight = adapters, found, weight
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         adapters: Adapters = ctx.adapters
         (x,), gy = ctx.saved_tensors, _flat(grads[0].contiguous())
         found = []
         for h, (part, stack) in zip(ctx.products, adapters.after, strict=True):
-            gradients, columns = [], h.split(stack.block.rank, dim=1)
+            gradients, columns = [], h.chunk(len(stack.b), dim=1)
             places = adapters.outputs.of(gy[part.begin : part.end], stack)
             for place, b, b_grad, column in zip(places, stack.b, stack.b_grad, columns, strict=True):
                 of_target = place.flatten(1)
@@ -190,12 +198,15 @@ class _Adapted(torch.autograd.Function):
             gh = adapters.crossing.backward(_joined(found, adapters.after, gy.new_zeros(len(gy), adapters.width)))
             found = _split(gh, adapters.before)
         flat = _flat(x)
-        gx = torch.zeros_like(flat) if ctx.weight is None else gy @ ctx.weight
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = torch.zeros_like(flat) if ctx.weight is None else gy @ ctx.weight
         for gh, (part, stack) in zip(found, adapters.before, strict=True):
             scaled = gh.mul(part.scale).to(gh.dtype)
             add_outer(stack.a_grad, scaled, flat[part.begin : part.end], part)
-            gx[part.begin : part.end].add_(transposed(scaled, stack.a, part))
-        return gx.view_as(x), grads[0] if ctx.weight is None else None, None, None
+            if gx is not None:
+                gx[part.begin : part.end].add_(transposed(scaled, stack.a, part))
+        return None if gx is None else gx.view_as(x), grads[0] if ctx.weight is None else None, None, None, None
 
 
 def _flat(x: Tensor) -> Tensor:

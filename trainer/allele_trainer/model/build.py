@@ -11,14 +11,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from allele_trainer.lora.linear import AdaptedLinear, crossing, outputs
+from allele_trainer.model.attention import PackedAttention
 from allele_trainer.model.config import BaseConfig, check_layout, read_config, transformer_config
 from allele_trainer.model.convert import load_base, padded_vocab
 from allele_trainer.model.experts import PackedMoELayer
 from allele_trainer.model.packed import (
-    PackedAttention,
     PackedGPTModel,
     PackedLayer,
-    SequenceParallelRMSNorm,
+    PackedRMSNorm,
+    SwiGLU,
 )
 from allele_trainer.model.run import BaseModel
 from allele_trainer.parallel import Ranks, initialise
@@ -48,8 +49,9 @@ def build(folder: pathlib.Path, ranks: Ranks | None = None) -> BaseModel:
     )
     load_base(gpt, folder, config=config, place=place)
     gpt.requires_grad_(False).to(ranks.device)
-    if gpt.pre_process:
-        # Adapters are buffers, so the graph starts at the embedding; without this no layer would have a gradient.
+    if gpt.pre_process and (layout.recompute or layout.pp > 1 or layout.ep > 1):
+        # The graph starts at the first adapter. But what recomputes a layer or sends gradients to another rank wants
+        # hidden states with a gradient from the first layer on, and without it gives none in silence.
         gpt.embedding.register_forward_hook(lambda _module, _args, out: out.requires_grad_(torch.is_grad_enabled()))
     _adapt(gpt, config, ranks)
     return BaseModel(config, gpt, ranks)
@@ -59,13 +61,15 @@ def _spec(config: BaseConfig, *, layers: int) -> TransformerBlockSubmodules:
     layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_norm, normalization="RMSNorm")
     layer.module = PackedLayer
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelRMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
     attention = parts.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm if config.qk_norm else IdentityOp
+    attention.q_layernorm = attention.k_layernorm = PackedRMSNorm if config.qk_norm else IdentityOp
     attention.core_attention = PackedAttention
     if config.experts:
         parts.mlp = PackedMoELayer
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=SequenceParallelRMSNorm)
+    else:
+        parts.mlp.submodules.activation_func = SwiGLU
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=PackedRMSNorm)
 
 
 def _adapt(gpt: PackedGPTModel, config: BaseConfig, ranks: Ranks) -> None:

@@ -193,6 +193,7 @@ def transformer_config(config: BaseConfig, layout: Layout, *, cpu: bool) -> Tran
         qk_layernorm=config.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the layer's own module: `packed.SwiGLU`
         add_bias_linear=False,
         add_qkv_bias=False,
         hidden_dropout=0.0,

@@ -27,6 +27,7 @@ from allele_trainer.bank.layout import linear_name
 from allele_trainer.lora.linear import Adapters, adapted, outputs, with_stacks
 from allele_trainer.lora.plan import Part, parts_of
 from allele_trainer.model.batch import Carried, current_batch
+from allele_trainer.model.packed import swiglu
 
 _PAD = 64
 """Tokens of an expert are padded to a multiple of this on CPU, whose kernels for few rows give other bits."""
@@ -135,8 +136,8 @@ class GroupedExperts(MegatronModule):
         order = padded_order(counts, carried.owners if carried else None, device=tokens.device)
         parts = _parts(carried, counts, order) if carried else []
         x = F.pad(tokens, (0, 0, 0, 1)).index_select(0, order.gather)
-        gate, up = self._linear("linear_fc1", self.fc1, x, order, parts).chunk(2, dim=-1)
-        y = self._linear("linear_fc2", self.fc2, F.silu(gate) * up, order, parts)
+        inner = swiglu(self._linear("linear_fc1", self.fc1, x, order, parts))
+        y = self._linear("linear_fc2", self.fc2, inner, order, parts)
         return y.index_select(0, order.scatter) * weights[:, None].to(y.dtype)
 
     def _linear(self, name: str, weight: Tensor, x: Tensor, order: Order, parts: Sequence[tuple[Part, ...]]) -> Tensor:

@@ -1,146 +1,86 @@
-"""Megatron modules for packed sequences: attention, rotary positions, a layer with its batch, logits of wanted rows.
-
-Megatron's local attention takes one sequence per batch column. Adapters need tokens ordered by slot, and padding every
-sequence to the longest wastes most of a batch; so hidden states are `[T, 1, h]` and attention alone sees sequences.
-"""
+"""Megatron modules for packed sequences `[T, 1, h]`: norm, MLP, a layer with its batch, logits of wanted rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from allele_trainer.lora.plan import routed
+from allele_trainer.model.attention import Rotary
 from allele_trainer.model.batch import PackedBatch, running
 
 
-class SequenceParallelRMSNorm(nn.RMSNorm):
+class PackedRMSNorm(nn.RMSNorm):
     """Megatron's wrapper of torch's norm refuses sequence parallelism; this one marks its weight for it."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch does not declare it
 
+    def forward(self, x: Tensor) -> Tensor:
+        """On a CPU torch makes the norm of a dozen operations; on CUDA it has a kernel."""
+        if x.is_cuda:
+            return super().forward(x)
+        found: Tensor = _FrozenNorm.apply(x, self.weight, self.eps)
+        return found
 
-class Rotary(nn.Module):
-    """Cosines and sines of each token's own position; the table grows with the longest sequence seen."""
 
-    def __init__(self, frequencies: Tensor) -> None:
-        """`frequencies` `[head_dim / 2]`"""
+class _FrozenNorm(torch.autograd.Function):
+    """y = w·x·ρ with ρ = (mean x² + ε)^−½; back g' = w·g, gx = ρ·(g' − x·ρ²·mean(x·g')): arXiv:1910.07467."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        g = grads[0] * ctx.weight
+        mean = (x * g).mean(-1, keepdim=True).mul_(scale.square())
+        return g.sub_(x * mean).mul_(scale), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate)·up of `[…, gate | up]`: arXiv:2002.05202."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), gx = ctx.saved_tensors, torch.empty_like(ctx.saved_tensors[0])
+        (gate, up), (g_gate, g_up) = x.chunk(2, dim=-1), gx.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=g_up)
+        torch.ops.aten.silu_backward(grads[0] * up, gate, grad_input=g_gate)
+        return gx
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`[…, 2f]` → `[…, f]`"""
+    found: Tensor = _SwiGLU.apply(x)
+    return found
+
+
+class SwiGLU(nn.Module):
+    """In the place of Transformer Engine's activation, which is the one that Megatron hands gate and up together."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        self._frequencies = frequencies
-        self._cos = self._sin = frequencies.new_empty(0, frequencies.numel())
 
-    def forward(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`[T]` positions below `longest` → `[T, 1, head_dim / 2]` each."""
-        if self._cos.shape[0] < longest:
-            angles = torch.outer(torch.arange(longest, device=positions.device).float(), self._frequencies)
-            self._cos, self._sin = angles.cos(), angles.sin()
-        cos, sin = (table.index_select(0, positions)[:, None].to(dtype) for table in (self._cos, self._sin))
-        return cos, sin
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, into: Tensor) -> None:
-    """Each pair (x[i], x[i + head_dim / 2]) turned by its angle: arXiv:2104.09864, in Hugging Face's order of features.
-
-    Products and sums are rounded one by one: a fused kernel would round the tail of a vector otherwise than its middle.
-    """
-    (first, second), (one, two) = x.chunk(2, dim=-1), into.chunk(2, dim=-1)
-    torch.mul(first, cos, out=one)
-    torch.mul(second, cos, out=two)
-    one.sub_(second * sin)
-    two.add_(first * sin)
-
-
-class _Sequences(torch.autograd.Function):
-    """Queries and keys `[T, heads, d]`, turned, and values → `[sequences, width, heads, d]` of each bucket.
-
-    First all queries, then keys, then values. Every token is in one place of one bucket: its gradient is read from
-    there, nothing is added up.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> tuple[Tensor, ...]:
-        ctx.batch = batch
-        padded = [x.new_empty(x.shape[0] + 1, *x.shape[1:]) for x in (query, key, value)]
-        for x, into in zip((query, key), padded, strict=False):
-            _rotate(x, *batch.rotary, into=into[:-1])
-        padded[2][:-1] = value
-        for into in padded:
-            into[-1].zero_()
-        return tuple(x.index_select(0, b.gather).view(-1, b.width, *x.shape[1:]) for x in padded for b in batch.buckets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        batch: PackedBatch = ctx.batch
-        n = len(batch.buckets)
-        query, key, value = (_tokens(grads[i : i + n], batch.scatter) for i in (0, n, 2 * n))
-        cos, sin = batch.rotary
-        for x in (query, key):
-            _rotate(x.clone(), cos, -sin, into=x)
-        return query, key, value, None
-
-
-class _Tokens(torch.autograd.Function):
-    """Outputs `[sequences, width, heads, d]` of each bucket → `[T, heads, d]`, zero for padding."""
-
-    @staticmethod
-    def forward(ctx: Any, batch: PackedBatch, *outputs: Tensor) -> Tensor:
-        ctx.batch = batch
-        return _tokens(outputs, batch.scatter)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        batch: PackedBatch = ctx.batch
-        padded = torch.cat([grads[0], grads[0].new_zeros(1, *grads[0].shape[1:])])
-        return None, *(padded.index_select(0, b.gather).view(-1, b.width, *padded.shape[1:]) for b in batch.buckets)
-
-
-def _tokens(parts: Sequence[Tensor], scatter: Tensor) -> Tensor:
-    rows = [x.flatten(0, 1) for x in parts]
-    return torch.cat([*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]).index_select(0, scatter)
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention within each sequence, rotary positions included: one kernel per bucket of equal width.
-
-    A sequence's width depends on its own length alone, never on its neighbours, and with it the bits of the result.
-    """
-
-    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self._scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: None,
-        *,
-        packed_seq_params: PackedBatch,
-        **_: Any,
-    ) -> Tensor:
-        """query `[T, 1, heads, d]`, key and value `[T, 1, groups, d]` → `[T, 1, heads·d]`."""
-        batch = packed_seq_params
-        parts = _Sequences.apply(query[:, 0], key[:, 0], value[:, 0], batch)
-        n = len(batch.buckets)
-        outputs = [self._attend(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
-        found: Tensor = _Tokens.apply(batch, *outputs)
-        return found.flatten(1)[:, None]
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`[sequences, width, heads, d]` each."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=self._scale)
-        return found.transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 class PackedLayer(TransformerLayer):

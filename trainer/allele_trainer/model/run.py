@@ -141,4 +141,4 @@ class BaseModel:
 
     def _distribution(self, output: Tensor, targets: Tensor) -> Distribution:
         group = parallel_state.get_tensor_model_parallel_group() if self.ranks.layout.tp > 1 else None
-        return distribution(output[0], rows=targets.numel(), vocab=self.config.vocab, group=group)
+        return distribution(output.squeeze(0), rows=targets.numel(), vocab=self.config.vocab, group=group)
