@@ -57,13 +57,13 @@ class Init(Model):
     kind: InitKind = Field(
         "Standard",
         description="Standard: A uniform, B zero. From the base's singular vectors: PiSSA the largest, MiLoRA the "
-        "smallest, OLoRATail the smallest without their values, MiCA the smallest in B, which stays, and A zero. OLoRA: "
-        "the base's QR factors. A new adapter always equals the base.",
+        "smallest, OLoRATail the smallest without their values, MiCA the smallest in B, which stays, and A zero. "
+        "OLoRA: the base's QR factors. A new adapter always equals the base.",
     )
     base_mode: BaseMode = Field(
         "Untouched",
-        description="Untouched: the base as it is. SharedResidual: base.digest is a residual base, made by `allele base "
-        "residual`. Rank2r: the base as it is, and an adapter of twice the rank whose second half is frozen.",
+        description="Untouched: the base as it is. SharedResidual: base.digest is a residual base, made by "
+        "`allele base residual`. Rank2r: the base as it is, and an adapter of twice the rank, half of it frozen.",
     )
 
 

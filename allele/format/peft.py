@@ -47,9 +47,7 @@ def adapter_config(shape: AdapterShape, *, scale: float, base_name: str) -> dict
     }
 
 
-def export_peft(
-    packed: Any, directory: str | Path, *, shape: AdapterShape, scale: float, base_name: str
-) -> Path:
+def export_peft(packed: Any, directory: str | Path, *, shape: AdapterShape, scale: float, base_name: str) -> Path:
     """Write a folder that PEFT, SGLang and vLLM load. Raises ShapeMismatch when `packed` is of another shape."""
     shape.unpack(packed)
     folder = Path(directory)

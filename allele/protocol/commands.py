@@ -166,7 +166,7 @@ class Export(Wire):
 class ExportDone(Wire):
     weights: dict[str, ByteRange]
     shape_digests: dict[str, str]
-    factor_digests: dict[str, str] = {}
+    factor_digests: dict[str, str] = Field(default_factory=dict)
     """Of the factors of the base that the member started from (`Residual.factors`); without any it is not here."""
     probe_logprobs: dict[str, tuple[float, ...]]
     """Per member, completion tokens of all probe sequences one after the other."""

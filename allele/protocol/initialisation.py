@@ -48,7 +48,7 @@ class InitSpec(Wire):
 
 
 def scale_of(*, alpha: float, rank: int, scaling: Scaling) -> float:
-    """Factor on B·A·x: alpha/r, alpha/√r (rsLoRA, arXiv:2312.03732), or alpha itself. `rank`: of the half that trains."""
+    """Factor on B·A·x: alpha/r, alpha/√r (rsLoRA, arXiv:2312.03732), or alpha itself; `rank`: of what trains."""
     return alpha / {"Standard": rank, "RankStabilised": math.sqrt(rank), "Fixed": 1}[scaling]
 
 

@@ -38,7 +38,7 @@ class PopulationRecord(Wire):
     uid: str
     base_digest: str
     shapes: dict[str, str]
-    inits: dict[str, str] = {}
+    inits: dict[str, str] = Field(default_factory=dict)
     """Group → kind and base mode of its initialisation; a group that is not here has Standard, Untouched."""
     adopt: bool = Field(False, exclude=True)
     """Take over the folder of another uid (same base, same shapes), as after a namespace was made again."""
@@ -110,8 +110,8 @@ class PopulationStore:
             init, known = record.inits.get(group, _USUAL), found.inits.get(group, _USUAL)
             if group in found.shapes and init != known:
                 raise OwnershipError(
-                    f"{where}: init of group {group}: expected {init}, found {known}; what is frozen and what was taken "
-                    "away differ: use another group or population name"
+                    f"{where}: init of group {group}: expected {init}, found {known}; what is frozen "
+                    "differs: use another group or population name"
                 )
         if found.uid != record.uid and not record.adopt:
             raise OwnershipError(
