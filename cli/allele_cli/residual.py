@@ -44,8 +44,8 @@ def residual(
     to: Annotated[
         str, typer.Option(help="Where: <store>/bases/<name>, <store> as in s3://bucket/prefix or file:///dir.")
     ],
-    rank: Annotated[int, typer.Option(help="As in adapter.rank.")] = 8,
-    alpha: Annotated[float, typer.Option(help="As in adapter.alpha.")] = 16,
+    rank: Annotated[int, typer.Option(help="As in adapter.rank.", min=1, max=256)] = 8,
+    alpha: Annotated[float, typer.Option(help="As in adapter.alpha.", min=1e-6)] = 16,
     scaling: Annotated[Scaling, typer.Option(help="As in adapter.scaling.")] = Scaling.Standard,
     targets: Annotated[str, typer.Option(help="As in adapter.targets, comma-separated.")] = ",".join(QWEN3_TARGETS),
     dtype: Annotated[
