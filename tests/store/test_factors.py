@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -59,11 +61,16 @@ def test_of_the_smallest_the_last_are_those_of_a_smaller_rank() -> None:
     assert same(whole, whole.some("QR", 4))
 
 
-@pytest.mark.parametrize(
-    "change", [lambda b: b[:-40] + b"\0" + b[-39:], lambda b: b[:-1], lambda b: b"", lambda b: b * 2]
-)
-def test_damaged_factors_are_refused_by_file(factors: FactorStore, change: object) -> None:
-    assert callable(change)
+DAMAGES: list[Callable[[bytes], bytes]] = [
+    lambda b: b[:-40] + b"\0" + b[-39:],
+    lambda b: b[:-1],
+    lambda b: b"",
+    lambda b: b * 2,
+]
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_damaged_factors_are_refused_by_file(factors: FactorStore, change: Callable[[bytes], bytes]) -> None:
     factors.create(MODULE, "Largest", some(2))
     path = f"Largest-2/{MODULE}.safetensors"
     factors.objects.put(path, change(factors.objects.get(path)))
