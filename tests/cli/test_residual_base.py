@@ -70,7 +70,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         InvalidRequest, match=r"q_proj: rank: expected at most 64 for a weight of \(64, 64\), found 128"
     ):
         made(tmp_path, "x", "--kind", "PiSSA", "--rank", "128")
-    with pytest.raises(InvalidRequest, match="targets: expected some of q_proj.*found"):
+    with pytest.raises(InvalidRequest, match=r"targets: expected some of q_proj.*found"):
         made(tmp_path, "x", "--kind", "PiSSA", "--targets", "w_proj")
     made(tmp_path, "x", "--kind", "PiSSA")
     with pytest.raises(InvalidRequest, match="expected a base, found a residual base"):

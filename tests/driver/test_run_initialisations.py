@@ -31,7 +31,7 @@ def test_every_start_and_scale_is_served_as_it_was_trained(run: Callable[..., Dr
     committed = started.committed()
     exposed = {(f.member, f.revision) for f in started.facts() if f.kind == "Exposed"}
     for name, adapter in ADAPTERS.items():
-        first, *later = committed[f"{name}-0000"]
+        _first, *later = committed[f"{name}-0000"]
         assert later, f"{name} was never trained"
         assert {(f.member, f.revision) for f in later} <= exposed
         assert all(f.metrics["logprob_gap"] < 1e-3 for f in later)
