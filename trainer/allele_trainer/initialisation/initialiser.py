@@ -44,7 +44,6 @@ class Initialiser:
         self._config: Mapping[str, Any] = json.loads((base / "config.json").read_text())
         path = base / RESIDUAL
         self._residual = Residual.model_validate_json(path.read_bytes()) if path.exists() else None
-        self._known: dict[tuple[object, ...], First] = {}
 
     def check(self, spec: AdapterSpec) -> None:
         """Raises InvalidRequest, naming both digests, for an adapter of another base than the one loaded."""
@@ -64,12 +63,6 @@ class Initialiser:
 
         Raises InvalidRequest for a rank that a module does not have, DigestMismatch for damaged factors.
         """
-        key = spec.rank, spec.targets, spec.init, spec.scale
-        if key not in self._known:
-            self._known[key] = self._made(spec)
-        return self._known[key]
-
-    def _made(self, spec: AdapterSpec) -> First:
         shape = rows.trained_shape(self._config, spec)
         if spec.init.base_mode == "SharedResidual":
             row = agreed(self._ranks, lambda: self._of_residual(shape))

@@ -57,8 +57,10 @@ class Run:
     store: RunStore
     tables: dict[str, PageTable]
     """Member → the table of its shape."""
+    firsts: dict[c.AdapterSpec, First] = dataclasses.field(default_factory=dict)
+    """What members start from, where that depends on the base; gone with the run, as a row has an adapter's size."""
     factors: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Member → digest of the factors of the base that its initialisation is made of."""
+    """Member → digest of the factors of the base in it."""
     admitted: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -108,16 +110,16 @@ class Trainer:
         if len(set(names)) != len(names):
             raise InvalidRequest(f"members: expected each name once, found {len(names) - len(set(names))} repeated")
         store = self._open_store(command.namespace, command.population)
-        firsts = {spec: self._first(spec) for spec in dict.fromkeys(m.adapter for m in command.members)}
+        firsts = self._firsts(dict.fromkeys(m.adapter for m in command.members))
         self.drop(command.run)
-        run = self._runs[command.run] = Run(store, {})
+        run = self._runs[command.run] = Run(store, {}, firsts=firsts)
         starts: dict[str, Starts] = {}
         rules: dict[c.OptimizerSpec, c.OptimizerSpec] = {}
         for start, shape in zip(command.members, shapes, strict=True):
             table = run.tables[start.member] = self._table(shape)
-            source = starts.setdefault(shape.digest, Starts(store, shape, lambda s: _row(firsts[s.adapter])))
+            source = starts.setdefault(shape.digest, Starts(store, shape, lambda s: _row(firsts.get(s.adapter))))
             source.add(start)
-            if first := firsts[start.adapter]:
+            if first := firsts.get(start.adapter):
                 run.factors[start.member] = first.digest
             page = Page(
                 scale=start.adapter.scale,
@@ -340,18 +342,22 @@ class Trainer:
                 raise InvalidRequest(f"member {start.member}: {e}") from e
         return self._shapes[kind]
 
-    def _first(self, spec: c.AdapterSpec) -> First | None:
-        """What members of this spec start from, None where a seed says it. Collective.
+    def _firsts(self, specs: Iterable[c.AdapterSpec]) -> dict[c.AdapterSpec, First]:
+        """What members of these specs start from; those that a seed says are left out. Collective.
 
         Raises InvalidRequest for a spec that belongs to another base.
         """
-        if self._initialiser is not None:
-            self._initialiser.check(spec)
-        if spec.init.kind == "Standard":
-            return None
-        if self._initialiser is None:
-            raise InvalidRequest(f"init {spec.init.kind}: expected Standard: this trainer cannot read its base's files")
-        return self._initialiser.first(spec)
+        known = {spec: first for run in self._runs.values() for spec, first in run.firsts.items()}
+        found: dict[c.AdapterSpec, First] = {}
+        for spec in specs:
+            if self._initialiser is not None:
+                self._initialiser.check(spec)
+            if spec.init.kind == "Standard":
+                continue
+            if self._initialiser is None:
+                raise InvalidRequest(f"init {spec.init.kind}: expected Standard: this trainer has no files of its base")
+            found[spec] = known.get(spec) or self._initialiser.first(spec)
+        return found
 
     def _trained(self, table: PageTable, init: InitSpec) -> torch.Tensor | None:
         """What of this rank's part of a row trains; one mask for all rows of a shape."""
