@@ -16,7 +16,7 @@ from allele.protocol.initialisation import InitSpec
 from allele.store import StoreUnavailable, bases
 from allele.store.factors import FactorStore
 from allele.store.objects import Objects
-from allele_trainer.initialisation import residual, rows
+from allele_trainer.initialisation import residual
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs
@@ -59,9 +59,18 @@ def parts(mine: Rig, wanted: c.AdapterSpec, row: torch.Tensor) -> dict[str, torc
 
 
 def frozen(mine: Rig, wanted: c.AdapterSpec) -> torch.Tensor:
-    mask = rows.trained(mine.shape(wanted), wanted.init)
-    assert mask is not None
-    return mask == 0
+    """Written out here: the second half of a Rank2r adapter's ranks, or all of MiCA's B."""
+    shape, half = mine.shape(wanted), wanted.rank
+    found = torch.zeros(shape.numel, dtype=torch.bool)
+    for t in shape.tensors:
+        view = found[t.offset : t.offset + t.numel].view(t.shape)
+        if wanted.init.kind == "MiCA":
+            view[:] = "lora_B" in t.name
+        elif "lora_A" in t.name:
+            view[half:] = True
+        else:
+            view[:, half:] = True
+    return found
 
 
 @pytest.mark.parametrize("wanted", [*(spec(k, "Rank2r") for k in CHANGING), MICA], ids=lambda s: s.init.kind)
