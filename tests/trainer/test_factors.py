@@ -83,12 +83,12 @@ def test_peft_starts_from_the_same(kind: Any, name: str) -> None:
 @pytest.mark.parametrize("rank", [2, 10])
 def test_a_weight_that_lacks_rank_still_has_orthonormal_smallest_directions(sizes: tuple[int, int], rank: int) -> None:
     """All or some of the smallest directions are of its null space."""
-    w = weight(sizes[0], 10) @ weight(10, sizes[1], seed=1)
+    w = weight(sizes[0], 10).double() @ weight(10, sizes[1], seed=1).double()
     found = decompose(w, "Smallest", rank)
-    left, right = torch.from_numpy(found.left), torch.from_numpy(found.right)
-    torch.testing.assert_close(left.T @ left, torch.eye(rank), rtol=0, atol=1e-6)
-    torch.testing.assert_close(right @ right.T, torch.eye(rank), rtol=0, atol=1e-6)
-    values = torch.from_numpy(found.values)
+    left, values, right = (torch.from_numpy(a).double() for a in (found.left, found.values, found.right))
+    one = torch.eye(rank, dtype=torch.float64)
+    torch.testing.assert_close(left.T @ left, one, rtol=0, atol=1e-6)
+    torch.testing.assert_close(right @ right.T, one, rtol=0, atol=1e-6)
     torch.testing.assert_close(w @ right.T, left * values, rtol=0, atol=1e-4)
     torch.testing.assert_close(w.T @ left, right.T * values, rtol=0, atol=1e-4)
 
