@@ -125,11 +125,11 @@ def test_experts_start_each_from_their_own_weights(tmp_path: pathlib.Path) -> No
     assert exported(other)[0] == pytest.approx(of_base(model), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["PiSSA", "OLoRATail"])
+@pytest.mark.parametrize(("kind", "scaling"), [("PiSSA", "Standard"), ("OLoRATail", "RankStabilised")])
 def test_rank_2r_trains_what_the_residual_base_trains_and_what_peft_does(
-    rig: Callable[..., Rig], base: pathlib.Path, tmp_path: pathlib.Path, kind: Any
+    rig: Callable[..., Rig], base: pathlib.Path, tmp_path: pathlib.Path, kind: Any, scaling: str
 ) -> None:
-    doubled, shared = spec(kind, "Rank2r"), spec(kind, "SharedResidual")
+    doubled, shared = (spec(kind, mode, scaling=scaling, alpha=2) for mode in ("Rank2r", "SharedResidual"))
     folder = write_residual(base, tmp_path / "residual", shared)
     mine, other = rig(base=base), Rig(build(folder), tmp_path / "other", base=folder)
     for r, s in ((mine, doubled), (other, shared)):
@@ -146,6 +146,12 @@ def test_rank_2r_trains_what_the_residual_base_trains_and_what_peft_does(
     for name, tensor in parts(other, shared, other.row("a").weights).items():
         half = one[name][:8] if "lora_A" in name else one[name][:, :8]
         torch.testing.assert_close(half, tensor, rtol=0, atol=1e-4)
+    found, packed = exported(mine)
+    untouched = PeftTwin(base, mine.shape(doubled), packed, doubled, tmp_path / "doubled")
+    with torch.no_grad():
+        served = torch.cat([untouched.logprobs(p.prompt, p.completion) for p in PROBES])
+    assert served.tolist() == pytest.approx(found, abs=1e-5)
+    assert found != pytest.approx(of_base(mine.model), abs=1e-3)
 
 
 @pytest.mark.parametrize("wanted", [spec("PiSSA", "Rank2r"), MICA], ids=lambda s: s.init.kind)
