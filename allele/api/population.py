@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import ConfigDict, Field
 
 from allele.api.pool import QWEN3_TARGETS, Rank, Targets
 from allele.api.schema import Digest, FreeForm, Model, Name, Status, Text, cel, schema
+from allele.protocol.initialisation import BaseMode, InitKind, Scaling, stored_rank
 
 
 class BaseRef(Model):
@@ -39,20 +38,62 @@ class Members(Model):
     manifest: Manifest | None = Field(None, description="Names and parameters of the members.")
 
 
+class Init(Model):
+    model_config = ConfigDict(
+        json_schema_extra=schema(
+            cel(
+                "!(self.kind in ['Standard', 'MiCA']) || self.baseMode == 'Untouched'",
+                "baseMode must be Untouched with kind Standard or MiCA: they begin as the base itself",
+                reason="FieldValueInvalid",
+            ),
+            cel(
+                "self.kind in ['Standard', 'MiCA'] || self.baseMode != 'Untouched'",
+                "baseMode must be SharedResidual or Rank2r with kind PiSSA, MiLoRA, OLoRA or OLoRATail: they begin as "
+                "a part of the base, which must be taken away somewhere",
+                reason="FieldValueInvalid",
+            ),
+        )
+    )
+    kind: InitKind = Field(
+        "Standard",
+        description="Standard: A uniform, B zero. From the base's singular vectors: PiSSA the largest, MiLoRA the "
+        "smallest, OLoRATail the smallest without their values, MiCA the smallest in B, which stays, and A zero. "
+        "OLoRA: the base's QR factors. A new adapter always equals the base.",
+    )
+    base_mode: BaseMode = Field(
+        "Untouched",
+        description="Untouched: the base as it is. SharedResidual: base.digest is a residual base, made by "
+        "`allele base residual`. Rank2r: the base as it is, and an adapter of twice the rank, half of it frozen.",
+    )
+
+
 class Adapter(Model):
-    rank: Rank = Field(8, description="Rank of the adapter's matrices.")
-    alpha: float = Field(16, description="Scaling numerator: alpha/rank, or alpha/√rank.", gt=0, le=65536)
-    scaling: Literal["Standard", "RankStabilised"] = Field(
-        "Standard", description="Standard: alpha/rank. RankStabilised: alpha/√rank."
+    model_config = ConfigDict(
+        json_schema_extra=schema(
+            cel(
+                "self.init.baseMode != 'Rank2r' || self.rank <= 128",
+                "rank must be at most 128 with baseMode Rank2r: the adapter is stored with twice the rank",
+                reason="FieldValueInvalid",
+            )
+        )
+    )
+    rank: Rank = Field(8, description="Rank of the adapter's matrices, of the half that trains with baseMode Rank2r.")
+    alpha: float = Field(16, description="What the scale is made from, by scaling.", gt=0, le=65536)
+    scaling: Scaling = Field(
+        "Standard",
+        description="The scale of an adapter. Standard: alpha/rank. RankStabilised: alpha/√rank. Fixed: alpha.",
     )
     targets: Targets = Field(
         default_factory=lambda: list(QWEN3_TARGETS),
         description="Modules that the adapter changes.",
         json_schema_extra={"default": [*QWEN3_TARGETS]},
     )
-    init: Literal["Standard"] = Field(
-        "Standard", description="Standard: A uniform, B zero, so that a new adapter equals the base."
-    )
+    init: Init = Field(default_factory=Init, description="What a new adapter begins as, and over which base.")
+
+    @property
+    def stored_rank(self) -> int:
+        """Of its matrices: what trainer and engines must have room for."""
+        return stored_rank(self.rank, self.init.base_mode)
 
 
 class Group(Model):
@@ -109,6 +150,12 @@ class AdapterPopulationSpec(Model):
             cel(
                 "oldSelf.all(o, self.all(n, n.name != o.name || n.adapter == o.adapter))",
                 "the adapter of a group is immutable: add another group",
+            ),
+            cel(
+                "!self.exists(g, g.adapter.init.baseMode == 'SharedResidual') || "
+                "self.all(g, g.adapter == self[0].adapter)",
+                "with baseMode SharedResidual all groups must have the same adapter: the residual base is made for one",
+                reason="FieldValueInvalid",
             ),
             list_type="map",
             list_map_keys=["name"],

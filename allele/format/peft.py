@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from allele.format import header
 from allele.format.errors import ShapeMismatch
@@ -19,21 +19,24 @@ from allele.format.shape import AdapterShape
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-Scaling = Literal["Standard", "RankStabilised"]
-
 _UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 """Set in a PEFT config, each of these makes the same tensors mean something else than B·A·x·scale."""
 
 
-def adapter_config(shape: AdapterShape, *, alpha: float, scaling: Scaling, base_name: str) -> dict[str, Any]:
-    """PEFT's adapter_config.json: scale is alpha/r, or alpha/√r when `RankStabilised`."""
+def adapter_config(shape: AdapterShape, *, scale: float, base_name: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json for an adapter that is multiplied by `scale`.
+
+    Always as lora_alpha / r: engines read `use_rslora` or not (SGLang 0.5 does not), and a scale that two readers
+    understand differently is an adapter of another strength.
+    """
+    alpha = scale * shape.rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": shape.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "use_rslora": scaling == "RankStabilised",
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": False,
         "target_modules": list(shape.targets),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -44,15 +47,13 @@ def adapter_config(shape: AdapterShape, *, alpha: float, scaling: Scaling, base_
     }
 
 
-def export_peft(
-    packed: Any, directory: str | Path, *, shape: AdapterShape, alpha: float, scaling: Scaling, base_name: str
-) -> Path:
+def export_peft(packed: Any, directory: str | Path, *, shape: AdapterShape, scale: float, base_name: str) -> Path:
     """Write a folder that PEFT, SGLang and vLLM load. Raises ShapeMismatch when `packed` is of another shape."""
     shape.unpack(packed)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(packed)
-    config = adapter_config(shape, alpha=alpha, scaling=scaling, base_name=base_name)
+    config = adapter_config(shape, scale=scale, base_name=base_name)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return folder
 

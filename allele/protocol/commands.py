@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from allele.protocol.initialisation import MAX_RANK, InitSpec, Scaling, scale_of, stored_rank
 from allele.protocol.losses import LossSpec, MemberLoss
 from allele.protocol.wire import Wire
 
@@ -31,16 +32,28 @@ class AdapterSpec(Wire):
     """What an adapter is apart from its numbers."""
 
     rank: int
+    """Of the part that trains."""
     alpha: float
     targets: tuple[str, ...]
     """Names of PEFT target modules, e.g. q_proj."""
-    scaling: Literal["Standard", "RankStabilised"] = "Standard"
-    init: Literal["Standard"] = "Standard"
+    scaling: Scaling = "Standard"
+    init: InitSpec = InitSpec()
 
     @property
     def scale(self) -> float:
-        """Factor on B·A·x: alpha/r, or alpha/√r (rsLoRA, arXiv:2312.03732)."""
-        return self.alpha / (self.rank if self.scaling == "Standard" else self.rank**0.5)
+        """Factor on B·A·x."""
+        return scale_of(alpha=self.alpha, rank=self.rank, scaling=self.scaling)
+
+    @property
+    def stored_rank(self) -> int:
+        """Of its matrices: what a trainer and an engine must have room for."""
+        return stored_rank(self.rank, self.init.base_mode)
+
+    @model_validator(mode="after")
+    def _fits(self) -> AdapterSpec:
+        if self.stored_rank > MAX_RANK:
+            raise ValueError(f"rank: expected at most {MAX_RANK // 2} with baseMode Rank2r, found {self.rank}")
+        return self
 
 
 class OptimizerSpec(Wire):
@@ -153,6 +166,8 @@ class Export(Wire):
 class ExportDone(Wire):
     weights: dict[str, ByteRange]
     shape_digests: dict[str, str]
+    factor_digests: dict[str, str] = Field(default_factory=dict)
+    """Of the factors of the base that the member started from (`Residual.factors`); without any it is not here."""
     probe_logprobs: dict[str, tuple[float, ...]]
     """Per member, completion tokens of all probe sequences one after the other."""
 

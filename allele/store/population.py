@@ -27,7 +27,8 @@ from allele.store.provenance import Provenance
 SegmentKind = Literal["segments", "states"]
 
 RECORD = "population.json"
-RESERVED = ("bases",)
+_USUAL = "Standard Untouched"
+RESERVED = ("bases", "factors")
 """First folders of a store that are no namespace."""
 
 
@@ -37,6 +38,8 @@ class PopulationRecord(Wire):
     uid: str
     base_digest: str
     shapes: dict[str, str]
+    inits: dict[str, str] = Field(default_factory=dict)
+    """Group → kind and base mode of its initialisation; a group that is not here has Standard, Untouched."""
     adopt: bool = Field(False, exclude=True)
     """Take over the folder of another uid (same base, same shapes), as after a namespace was made again."""
 
@@ -87,7 +90,7 @@ class PopulationStore:
         if found is None:
             raise StoreUnavailable(f"{self.objects.url(RECORD)}: was there and is gone; claim again")
         self._check_owner(record, found)
-        merged = record.model_copy(update={"shapes": found.shapes | record.shapes})
+        merged = record.model_copy(update={"shapes": found.shapes | record.shapes, "inits": found.inits | record.inits})
         if merged != found.model_copy(update={"adopt": record.adopt}):
             self.objects.put(RECORD, merged.model_dump_json().encode())
 
@@ -103,6 +106,12 @@ class PopulationStore:
                 raise OwnershipError(
                     f"{where}: shape of group {group}: expected {digest}, found {found.shapes[group]}; the "
                     "group exists with another rank or other targets: use another group or population name"
+                )
+            init, known = record.inits.get(group, _USUAL), found.inits.get(group, _USUAL)
+            if group in found.shapes and init != known:
+                raise OwnershipError(
+                    f"{where}: init of group {group}: expected {init}, found {known}; what is frozen "
+                    "differs: use another group or population name"
                 )
         if found.uid != record.uid and not record.adopt:
             raise OwnershipError(

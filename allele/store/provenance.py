@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import AwareDatetime, Field
 
 from allele.protocol.commands import OptimizerSpec, ProbeSequence
+from allele.protocol.initialisation import BaseMode, InitKind, Scaling, scale_of, stored_rank
 from allele.protocol.wire import Wire
 
 
@@ -23,10 +24,25 @@ class ShapeRef(Wire):
 
     digest: str
     rank: int
+    """Of the part that trains."""
     alpha: float
-    scaling: str
+    scaling: Scaling
     targets: tuple[str, ...]
-    init: str
+    init: InitKind
+    base_mode: BaseMode = "Untouched"
+    factors: str = ""
+    """Digest of the factors of the base that the adapter started from."""
+    residual_of: str = ""
+    """Digest of the base that `Provenance.base` is the residual of."""
+
+    @property
+    def scale(self) -> float:
+        return scale_of(alpha=self.alpha, rank=self.rank, scaling=self.scaling)
+
+    @property
+    def stored_rank(self) -> int:
+        """Of the matrices in the store."""
+        return stored_rank(self.rank, self.base_mode)
 
 
 class DataRange(Wire):

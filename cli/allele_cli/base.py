@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from allele.store import bases
-from allele.store.objects import Objects
-from allele_cli.failure import Failure
+from allele_cli.residual import residual, split_uri
 
 app = typer.Typer(help="Base models in the store.", no_args_is_help=True)
+app.command()(residual)
 
 
 @app.command()
@@ -56,11 +56,3 @@ def put_base(directory: Path, *, uri: str) -> str:
     """Upload a folder; returns its digest."""
     store, name = split_uri(uri)
     return bases.put(store, name, directory).digest
-
-
-def split_uri(uri: str) -> tuple[Objects, str]:
-    """`<store>/bases/<name>` → the store and the name. Raises Failure for another form."""
-    store, found, name = uri.rpartition("/bases/")
-    if not found or not name or "/" in name:
-        raise Failure(f"base uri: expected <store>/bases/<name>, found {uri!r}")
-    return Objects.open(store), name

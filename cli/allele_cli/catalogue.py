@@ -99,9 +99,8 @@ def export(
     export_peft(
         source.read(fact.weights),
         to,
-        shape=AdapterShape.from_model(config, rank=spec.rank, targets=spec.targets),
-        alpha=spec.alpha,
-        scaling="RankStabilised" if spec.scaling == "RankStabilised" else "Standard",
+        shape=AdapterShape.from_model(config, rank=spec.stored_rank, targets=spec.targets),
+        scale=spec.scale,
         base_name=made.base.uri,
     )
     print(f"{to}: {name.population}/{name.member}@{fact.revision} sha256:{fact.digest}")

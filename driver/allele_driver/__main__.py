@@ -181,6 +181,7 @@ async def _drive(
                 versions=record.versions(
                     torch=info.torch, megatron_core=info.megatron_core, sglang=status.engine_version
                 ),
+                residual_of=base.residual.source_digest if base.residual else "",
             ),
             voice=Voice(tally, reporter),
             stopping=stopping,

@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from allele.api.population import AdapterPopulationSpec, Group
 from allele.api.run import Select, TrainGroup
 from allele.protocol.adapters import MEMBER_NAME
 from allele.protocol.bundle import RunBundle
 from allele.protocol.commands import AdapterSpec
+from allele.protocol.initialisation import InitSpec
 
 
 class InvalidInput(Exception):
@@ -55,13 +58,7 @@ def members_of(group: Group, manifests: Path) -> tuple[Member, ...]:
         rows = [(f"{group.name}-{i:04d}", {}) for i in range(group.members.count or 0)]
     else:
         rows = _read_manifest(manifests / group.members.manifest.config_map / group.members.manifest.key)
-    adapter = AdapterSpec(
-        rank=group.adapter.rank,
-        alpha=group.adapter.alpha,
-        targets=tuple(group.adapter.targets),
-        scaling=group.adapter.scaling,
-        init=group.adapter.init,
-    )
+    adapter = adapter_of(group)
     return tuple(
         Member(
             name=name,
@@ -73,6 +70,21 @@ def members_of(group: Group, manifests: Path) -> tuple[Member, ...]:
         )
         for i, (name, parameters) in enumerate(rows)
     )
+
+
+def adapter_of(group: Group) -> AdapterSpec:
+    """Raises InvalidInput for fields that do not go together: without an API server nobody else has looked."""
+    found = group.adapter
+    try:
+        return AdapterSpec(
+            rank=found.rank,
+            alpha=found.alpha,
+            targets=tuple(found.targets),
+            scaling=found.scaling,
+            init=InitSpec(kind=found.init.kind, base_mode=found.init.base_mode),
+        )
+    except ValidationError as e:
+        raise InvalidInput(f"groups.{group.name}.adapter: {e.errors()[0]['msg']}") from e
 
 
 def seed_of(*parts: object) -> int:

@@ -15,6 +15,11 @@ def _train(**select: Any) -> dict[str, Any]:
     return {**TRAIN, "select": {"group": "g", **select}}
 
 
+def _group(name: str, kind: str, mode: str, **adapter: Any) -> dict[str, Any]:
+    init = {"init": {"kind": kind, "baseMode": mode}}
+    return {"name": name, "members": {"count": 4}, "adapter": init | adapter}
+
+
 LONG = "x" * 64
 OWN_POOL = {"poolRef": None, "runtimeRef": "rt", "baseUri": "s3://adapters/bases/tiny"}
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -56,7 +61,40 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("AdapterPopulation", {"groups__0__members__count": 0}, "should be greater than or equal to 1"),
     ("AdapterPopulation", {"groups__0__adapter": {"rank": 3}}, "rank must be a power of two from 1 to 256"),
     ("AdapterPopulation", {"groups__0__adapter": {"alpha": 0}}, "should be greater than 0"),
-    ("AdapterPopulation", {"groups__0__adapter": {"init": "PiSSA"}}, 'Unsupported value: "PiSSA"'),
+    ("AdapterPopulation", {"groups__0__adapter": {"init": {"kind": "SVD"}}}, 'Unsupported value: "SVD"'),
+    ("AdapterPopulation", {"groups__0__adapter": {"scaling": "None"}}, 'Unsupported value: "None"'),
+    *(
+        (
+            "AdapterPopulation",
+            {"groups__0__adapter": {"init": {"kind": kind, "baseMode": mode}}},
+            "baseMode must be Untouched with kind Standard or MiCA",
+        )
+        for kind in ("Standard", "MiCA")
+        for mode in ("SharedResidual", "Rank2r")
+    ),
+    *(
+        (
+            "AdapterPopulation",
+            {"groups__0__adapter": {"init": {"kind": kind}}},
+            "baseMode must be SharedResidual or Rank2r with kind PiSSA, MiLoRA, OLoRA or OLoRATail",
+        )
+        for kind in ("PiSSA", "MiLoRA", "OLoRA", "OLoRATail")
+    ),
+    (
+        "AdapterPopulation",
+        {"groups__0__adapter": {"rank": 256, "init": {"kind": "PiSSA", "baseMode": "Rank2r"}}},
+        "rank must be at most 128 with baseMode Rank2r",
+    ),
+    (
+        "AdapterPopulation",
+        {"groups": [_group("g", "PiSSA", "SharedResidual"), _group("h", "Standard", "Untouched")]},
+        "with baseMode SharedResidual all groups must have the same adapter",
+    ),
+    (
+        "AdapterPopulation",
+        {"groups": [_group("g", "PiSSA", "SharedResidual"), _group("h", "PiSSA", "SharedResidual", rank=4)]},
+        "with baseMode SharedResidual all groups must have the same adapter",
+    ),
     ("AdapterPopulation", {"groups__0__name": "x" * 57}, "name of a group by count must be at most 56 characters"),
     (
         "AdapterPopulation",
@@ -138,6 +176,15 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("BasePool", {"adapters__maxRank": 256, "adapters__targets": ["q_proj"]}),
     ("AdapterPopulation", {"groups__0__members": {"manifest": {"configMap": "m"}}, "groups__0__name": "x" * 63}),
     ("AdapterPopulation", {"groups__0__parameters": {"any": {"thing": [1, "a"]}}}),
+    *(
+        ("AdapterPopulation", {"groups__0__adapter": {"init": {"kind": kind, "baseMode": mode}}})
+        for kind in ("PiSSA", "MiLoRA", "OLoRA", "OLoRATail")
+        for mode in ("SharedResidual", "Rank2r")
+    ),
+    ("AdapterPopulation", {"groups__0__adapter": {"init": {"kind": "MiCA"}, "scaling": "Fixed", "rank": 256}}),
+    ("AdapterPopulation", {"groups__0__adapter": {"rank": 128, "init": {"kind": "OLoRA", "baseMode": "Rank2r"}}}),
+    ("AdapterPopulation", {"groups": [_group(n, "PiSSA", "SharedResidual") for n in "gh"]}),
+    ("AdapterPopulation", {"groups": [_group("g", "PiSSA", "Rank2r"), _group("h", "MiCA", "Untouched")]}),
     ("RLRun", {"name": "x" * 40}),
     ("RLRun", {"name": "x" * 27, **OWN_POOL}),
     ("RLRun", {"groups": [_train(range={"count": 4}), _train(range={"first": 4, "count": 2})]}),

@@ -80,7 +80,9 @@ def test_unknown_population_and_member_are_named(tmp_path: Path) -> None:
     refused("lineage", "no slash", "--store", store, words=("population/member", "no slash"))
 
 
-@pytest.mark.parametrize("command", ["run", "watch", "members", "lineage", "export", "eval", "plot", "base put"])
+@pytest.mark.parametrize(
+    "command", ["run", "watch", "members", "lineage", "export", "eval", "plot", "base put", "base residual"]
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = allele(*command.split(), "--help")
     assert done.returncode == 0

@@ -21,7 +21,7 @@ def save(directory: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path
     return directory
 
 
-@pytest.mark.parametrize("scaling", ["Standard", "RankStabilised"])
+@pytest.mark.parametrize("scaling", ["Standard", "RankStabilised", "Fixed"])
 def test_peft_loads_an_export_and_its_own_save_imports_back_bit_exactly(
     shape: AdapterShape, config: dict[str, Any], row: np.ndarray, tmp_path: Path, scaling: Any
 ) -> None:
@@ -37,7 +37,10 @@ def test_peft_loads_an_export_and_its_own_save_imports_back_bit_exactly(
     base = tmp_path / "base"
     model.config.save_pretrained(base)  # or PEFT asks the hub for it when it saves
     packed = shape.pack(row)
-    exported = export_peft(packed, tmp_path / "out", shape=shape, alpha=6, scaling=scaling, base_name=str(base))
+    spec = AdapterSpec(rank=4, alpha=6, targets=shape.targets, scaling=scaling)
+    exported = export_peft(packed, tmp_path / "out", shape=shape, scale=spec.scale, base_name=str(base))
+    written = json.loads((exported / "adapter_config.json").read_text())
+    assert written["lora_alpha"] / written["r"] == pytest.approx(spec.scale)  # all that SGLang reads
 
     loaded = PeftModel.from_pretrained(model, str(exported)).eval()
 
@@ -46,7 +49,6 @@ def test_peft_loads_an_export_and_its_own_save_imports_back_bit_exactly(
     assert state.keys() == views.keys()
     assert all((state[name].numpy() == views[name]).all() for name in views)
     layer = loaded.base_model.model.model.layers[0].self_attn.q_proj
-    spec = AdapterSpec(rank=4, alpha=6, targets=shape.targets, scaling=scaling)
     assert layer.scaling["default"] == pytest.approx(spec.scale)
     with torch.no_grad():
         assert (loaded(ids).logits - plain).abs().max() > 1e-3
@@ -85,13 +87,13 @@ def test_wrong_names_shapes_and_dtypes_are_refused_naming_tensor_expected_and_fo
 def test_a_config_that_changes_what_the_numbers_mean_is_refused(
     shape: AdapterShape, row: np.ndarray, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    config = adapter_config(shape, alpha=8, scaling="Standard", base_name="tiny") | change
+    config = adapter_config(shape, scale=8 / shape.rank, base_name="tiny") | change
     with pytest.raises(ShapeMismatch, match=next(iter(change))):
         import_peft(save(tmp_path / "a", shape.views(row), **config), shape)
 
 
 def test_a_truncated_file_is_refused(shape: AdapterShape, row: np.ndarray, tmp_path: Path) -> None:
-    folder = export_peft(shape.pack(row), tmp_path, shape=shape, alpha=8, scaling="Standard", base_name="tiny")
+    folder = export_peft(shape.pack(row), tmp_path, shape=shape, scale=8 / shape.rank, base_name="tiny")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ShapeMismatch, match=r"down_proj\.lora_B.*truncated"):
@@ -103,5 +105,5 @@ def test_an_adapter_of_another_shape_is_not_exported(
 ) -> None:
     other = AdapterShape.from_model(config, rank=8, targets=shape.targets)
     with pytest.raises(ShapeMismatch, match=r"q_proj\.lora_A"):
-        export_peft(shape.pack(row), tmp_path, shape=other, alpha=8, scaling="Standard", base_name="tiny")
+        export_peft(shape.pack(row), tmp_path, shape=other, scale=8 / shape.rank, base_name="tiny")
     assert not list(tmp_path.iterdir())

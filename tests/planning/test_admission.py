@@ -14,7 +14,7 @@ from allele.api.run import RLRunSpec
 from allele_operator.planning import selection
 from allele_operator.planning.model import Obj, Plan, Ref
 from tests.planning.cluster import Cluster
-from tests.planning.resources import demo, population, run, train
+from tests.planning.resources import demo, pool, population, run, runtime, store, train
 
 SELECTIONS = st.one_of(
     st.builds(lambda f, n: [train(range={"first": f, "count": n})], st.integers(0, 12), st.integers(1, 4)),
@@ -229,6 +229,32 @@ def test_a_run_with_a_runtime_gets_a_pool_that_sleeps_when_it_is_over_and_goes_w
     cluster.delete("RLRun", "mine")
     cluster.converge()
     assert "mine-pool" not in [r.name for r in cluster.refs("BasePool")]
+
+
+def _doubled(rank: int) -> Obj:
+    adapter = {"rank": rank, "targets": ["q_proj"], "init": {"kind": "PiSSA", "baseMode": "Rank2r"}}
+    return population(groups=[{"name": "g", "members": {"count": 16}, "adapter": adapter}])
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(8, True), (16, False)])
+def test_the_rank_that_must_fit_a_pool_is_the_one_that_is_stored(rank: int, fits: bool) -> None:
+    cluster = Cluster()
+    for body in (store(), runtime(), pool(), _doubled(rank), run("mine")):
+        cluster.add(body)
+    cluster.converge()
+    condition = cluster.raw("RLRun", "mine")["status"]["conditions"][0]
+    assert (condition["reason"] == "AdapterMismatch") is not fits
+    words = 'group g has rank 32 (twice 16, by baseMode Rank2r), BasePool "pool" makes room for at most 16'
+    assert (words in condition["message"]) is not fits
+
+
+def test_a_runs_own_pool_has_room_for_the_rank_that_is_stored() -> None:
+    cluster = Cluster()
+    own = run("mine", poolRef=None, runtimeRef="runtime", baseUri="s3://adapters/bases/tiny")
+    for body in (store(), runtime(), _doubled(32), own):
+        cluster.add(body)
+    cluster.converge()
+    assert cluster.raw("BasePool", "mine-pool")["spec"]["adapters"]["maxRank"] == 64
 
 
 def test_a_pool_of_that_name_that_is_not_the_runs_is_left_alone() -> None:

@@ -59,7 +59,7 @@ def reference(packed: bytes | None, sequences: Sequence[ProbeSequence]) -> list[
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:
-            export_peft(packed, folder, shape=SHAPE, alpha=ALPHA, scaling="Standard", base_name="tiny")
+            export_peft(packed, folder, shape=SHAPE, scale=ALPHA / SHAPE.rank, base_name="tiny")
             model = PeftModel.from_pretrained(model, folder).eval()
     found: list[float] = []
     with torch.no_grad():

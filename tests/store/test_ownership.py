@@ -44,6 +44,21 @@ def test_another_base_or_shape_is_refused(
         store.claim(MINE.model_copy(update={**change, "adopt": adopt}))
 
 
+@pytest.mark.parametrize("adopt", [False, True])
+def test_a_group_that_froze_something_else_is_refused_though_its_shape_is_the_same(
+    store: PopulationStore, adopt: bool
+) -> None:
+    store.claim(MINE)
+    other = MINE.model_copy(update={"inits": {"g": "PiSSA Rank2r"}, "adopt": adopt})
+    with pytest.raises(OwnershipError, match="init of group g: expected PiSSA Rank2r, found Standard Untouched"):
+        store.claim(other)
+    store.claim(MINE.model_copy(update={"shapes": {"h": "shape"}, "inits": {"h": "PiSSA Rank2r"}}))
+    record = store.record()
+    assert record is not None and record.inits == {"h": "PiSSA Rank2r"}
+    with pytest.raises(OwnershipError, match="init of group h: expected Standard Untouched, found PiSSA Rank2r"):
+        store.claim(MINE.model_copy(update={"shapes": {"h": "shape"}}))
+
+
 def test_groups_may_be_added(store: PopulationStore) -> None:
     store.claim(MINE)
     store.claim(MINE.model_copy(update={"shapes": {"h": "other"}}))

@@ -12,13 +12,15 @@ import torch
 from allele.format import AdapterShape
 from allele.protocol import commands as c
 from allele.protocol import samples as wire
+from allele.protocol.initialisation import InitSpec
 from allele.protocol.losses import LossSpec, MemberLoss, PolicyLoss
-from allele.store import PopulationStore
+from allele.store import Objects, PopulationStore, bases
 from allele_trainer.bank.rows import Row
 from allele_trainer.bank.table import Key
+from allele_trainer.initialisation.initialiser import Initialiser
 from allele_trainer.model.build import BaseModel
 from allele_trainer.server.shares import Shares
-from allele_trainer.server.store import RunStore
+from allele_trainer.server.store import RunFactors, RunStore
 from allele_trainer.server.trainer import Limits, Trainer
 from allele_trainer.server.work import Part
 
@@ -75,12 +77,21 @@ class Rig:
         wave: int | None = None,
         max_tokens: int = 8192,
         host_memory: int = 1 << 30,
+        base: pathlib.Path | None = None,
     ) -> None:
+        """`base`: the model's folder, for members that start from it."""
         self.folder = folder
         self.store = PopulationStore.open(f"file://{folder}", namespace=NAMESPACE, population=POPULATION)
         self.model = model
         limits = Limits(slots=slots, wave=wave or slots, max_rank=16, max_tokens=max_tokens, host_memory=host_memory)
-        self.trainer = Trainer(model, open_store=lambda _ns, _name: RunStore(self.store), limits=limits)
+        self.initialiser = None
+        if base is not None:
+            digest = bases.digest(base)
+            factors = RunFactors(Objects.open(f"file://{folder}"), digest)
+            self.initialiser = Initialiser(base, digest=digest, store=factors, ranks=model.ranks)
+        self.trainer = Trainer(
+            model, open_store=lambda _ns, _name: RunStore(self.store), limits=limits, initialiser=self.initialiser
+        )
 
     def header(self, run: str = "run") -> c.Header:
         return c.Header(run=run, epoch=1, incarnation="i", seq=1)
@@ -134,7 +145,7 @@ class Rig:
         return self.trainer._runs[run].tables[member].row(Key(run, member))
 
     def shape(self, spec: c.AdapterSpec) -> AdapterShape:
-        return AdapterShape.from_model(self.model.config.raw, rank=spec.rank, targets=spec.targets)
+        return AdapterShape.from_model(self.model.config.raw, rank=spec.stored_rank, targets=spec.targets)
 
     def random_weights(self, member: str, spec: c.AdapterSpec, *, seed: int) -> c.ByteRange:
         """A packed adapter in the store whose A and B are both random: no gradient of its first step is zero."""
@@ -156,8 +167,14 @@ def start(
     return c.MemberStart(member=member, adapter=spec, optimizer=rule, seed=seed, weights=weights, state=state)
 
 
-def adapter(rank: int = 8, alpha: float = 16, targets: Sequence[str] = ALL, scaling: str = "Standard") -> c.AdapterSpec:
-    return c.AdapterSpec(rank=rank, alpha=alpha, targets=tuple(targets), scaling=scaling)  # type: ignore[arg-type]
+def adapter(
+    rank: int = 8,
+    alpha: float = 16,
+    targets: Sequence[str] = ALL,
+    scaling: str = "Standard",
+    init: InitSpec = InitSpec(),
+) -> c.AdapterSpec:
+    return c.AdapterSpec(rank=rank, alpha=alpha, targets=tuple(targets), scaling=scaling, init=init)  # type: ignore[arg-type]
 
 
 def same_rows(one: Row, other: Row) -> bool:

@@ -61,7 +61,7 @@ class PeftTwin:
     def __init__(
         self, base: pathlib.Path, shape: AdapterShape, packed: bytes, spec: c.AdapterSpec, folder: pathlib.Path
     ) -> None:
-        export_peft(packed, folder, shape=shape, alpha=spec.alpha, scaling=spec.scaling, base_name=str(base))
+        export_peft(packed, folder, shape=shape, scale=spec.scale, base_name=str(base))
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, attn_implementation="eager"
         )

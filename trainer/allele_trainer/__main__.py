@@ -12,15 +12,16 @@ import torch
 from aiohttp import web
 from ulid import ULID
 
-from allele.store import PopulationStore, bases
+from allele.store import Objects, PopulationStore, bases
 from allele_trainer.bank.host import free_memory
+from allele_trainer.initialisation.initialiser import Initialiser
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import Layout, initialise
 from allele_trainer.server import logs
 from allele_trainer.server.app import Server
 from allele_trainer.server.capacity import Capacity, NoRoom, probe, waves_of
 from allele_trainer.server.metrics import Metrics
-from allele_trainer.server.store import RunStore
+from allele_trainer.server.store import RunFactors, RunStore
 from allele_trainer.server.trainer import Limits, Trainer
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,13 @@ def main(argv: list[str] | None = None) -> None:
     def open_store(namespace: str, population: str) -> RunStore:
         return RunStore(PopulationStore.open(args.store, namespace=namespace, population=population))
 
-    trainer = Trainer(model, open_store=open_store, limits=limits)
+    initialiser = Initialiser(
+        args.base,
+        digest=args.base_digest,
+        store=RunFactors(Objects.open(args.store), args.base_digest),
+        ranks=model.ranks,
+    )
+    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser)
     incarnation = model.ranks.broadcast(str(ULID()).encode() if model.ranks.rank == 0 else None).decode()
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

@@ -92,7 +92,8 @@ def pool_parts(plan: Plan) -> PoolParts:
         runtime_ref="local",
         store_ref="local",
         adapters=Adapters(
-            max_rank=max(a.rank for a in adapters), targets=list(dict.fromkeys(t for a in adapters for t in a.targets))
+            max_rank=max(a.stored_rank for a in adapters),
+            targets=list(dict.fromkeys(t for a in adapters for t in a.targets)),
         ),
         trainer=Trainer(slots=plan.slots),
         rollout=Rollout(replicas=1, slots=plan.slots),

@@ -26,6 +26,8 @@ class Origin:
     fence: int
     tokenizer_digest: str
     versions: Versions
+    residual_of: str = ""
+    """Digest of the base that the run's base is the residual of."""
 
 
 def versions(*, torch: str = "", megatron_core: str = "", sglang: str = "") -> Versions:
@@ -38,6 +40,7 @@ def provenance(
     *,
     step: int,
     shape: str,
+    factors: str,
     members: Collection[str],
     prompts: int,
     lags: Mapping[int, int],
@@ -62,7 +65,10 @@ def provenance(
                 alpha=adapter.alpha,
                 scaling=adapter.scaling,
                 targets=adapter.targets,
-                init=adapter.init,
+                init=adapter.init.kind,
+                base_mode=adapter.init.base_mode,
+                factors=factors,
+                residual_of=origin.residual_of,
             )
         },
         environment=active.spec.environment.path,

@@ -33,12 +33,13 @@ class Recorder:
         rewards: Mapping[str, float],
     ) -> list[Fact]:
         """First revisions of members of a part, with their held-out rewards."""
-        shape = exported[members[0].name].shape
+        one = exported[members[0].name]
         origin = record.provenance(
             self._origin,
             self._roster.active[part],
             step=step,
-            shape=shape,
+            shape=one.shape,
+            factors=one.factors,
             members=[m.name for m in members],
             prompts=0,
             lags={},
@@ -74,11 +75,13 @@ class Recorder:
             made = {t.member: e for t in turns if t.part == i and (e := trained[t.member].exported) is not None}
             if not made:
                 continue
+            one = next(iter(made.values()))
             origin = record.provenance(
                 self._origin,
                 active,
                 step=step,
-                shape=next(iter(made.values())).shape,
+                shape=one.shape,
+                factors=one.factors,
                 members=made.keys(),
                 prompts=sum(rollouts.prompts(m) for m in made),
                 lags=record.total(lags[m] for m in made),

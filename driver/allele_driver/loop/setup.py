@@ -15,12 +15,13 @@ from typing import Any
 from allele.api.algorithm import Algorithm
 from allele.format import AdapterShape, ShapeMismatch
 from allele.protocol.bundle import RunBundle
+from allele.protocol.initialisation import RESIDUAL, InitSpec, Residual, mix_up
 from allele.store import ObjectNotFound, Objects, OwnershipError, PopulationRecord, PopulationStore
 from allele_driver.environments.calls import Start
 from allele_driver.environments.load import EnvironmentLoadError
 from allele_driver.environments.scoring import Scorer
 from allele_driver.loop.rollout import ActivePart
-from allele_driver.members import InvalidInput, Part, members_of
+from allele_driver.members import InvalidInput, Part, adapter_of, members_of
 from allele_driver.recipes import recipes
 from allele_driver.tokenizer import HfTokenizer, stop_tokens
 
@@ -31,6 +32,8 @@ class Base:
 
     tokenizer: HfTokenizer
     config: dict[str, Any]
+    residual: Residual | None = None
+    """What it is the residual of, if it is one."""
 
     @property
     def context(self) -> int:
@@ -46,24 +49,47 @@ def read_base(uri: str) -> Base:
         tokenizer = folder.get("tokenizer.json").decode()
     except ObjectNotFound as e:
         raise InvalidInput(f"base {uri}: expected config.json and tokenizer.json: {e}") from e
+    generation, residual = _optional(folder, "generation_config.json"), _optional(folder, RESIDUAL)
+    return Base(
+        HfTokenizer(tokenizer, stop_tokens(generation, config)),
+        json.loads(config),
+        Residual.model_validate_json(residual) if residual is not None else None,
+    )
+
+
+def _optional(folder: Objects, name: str) -> bytes | None:
     try:
-        generation: bytes | None = folder.get("generation_config.json")
+        return folder.get(name)
     except ObjectNotFound:
-        generation = None
-    return Base(HfTokenizer(tokenizer, stop_tokens(generation, config)), json.loads(config))
+        return None
 
 
 def claim(store: PopulationStore, bundle: RunBundle, base: Base) -> None:
     """Make the population's folder this population's. Raises InvalidInput when it is another's."""
-    shapes = {}
-    for group in bundle.population_spec.groups:
+    spec = bundle.population_spec
+    shapes, inits = {}, {}
+    for group in spec.groups:
+        adapter = adapter_of(group)
+        wrong = mix_up(
+            adapter.init,
+            rank=adapter.rank,
+            scale=adapter.scale,
+            targets=adapter.targets,
+            base=spec.base.digest,
+            residual=base.residual,
+        )
+        if wrong:
+            raise InvalidInput(f"groups.{group.name}.adapter: {wrong}")
         try:
-            shape = AdapterShape.from_model(base.config, rank=group.adapter.rank, targets=group.adapter.targets)
+            shape = AdapterShape.from_model(base.config, rank=adapter.stored_rank, targets=adapter.targets)
         except ShapeMismatch as e:
             raise InvalidInput(f"groups.{group.name}.adapter: {e}") from e
         shapes[group.name] = shape.digest
-    spec = bundle.population_spec
-    record = PopulationRecord(uid=bundle.population_uid, base_digest=spec.base.digest, shapes=shapes, adopt=spec.adopt)
+        if adapter.init != InitSpec():
+            inits[group.name] = f"{adapter.init.kind} {adapter.init.base_mode}"
+    record = PopulationRecord(
+        uid=bundle.population_uid, base_digest=spec.base.digest, shapes=shapes, inits=inits, adopt=spec.adopt
+    )
     try:
         store.claim(record)
     except OwnershipError as e:

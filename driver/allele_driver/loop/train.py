@@ -47,6 +47,8 @@ class Exported:
     shape: str
     probe: tuple[float, ...]
     state: ByteRange | None
+    factors: str = ""
+    """Digest of the factors of the base that it started from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ async def export(
             shape=done.shape_digests[m],
             probe=tuple(done.probe_logprobs.get(m, ())),
             state=states.get(m),
+            factors=done.factor_digests.get(m, ""),
         )
         for m, done in found.items()
     }

@@ -135,10 +135,12 @@ def _mismatch(
     for group in spec.groups:
         if group.name not in selected:
             continue
-        if group.adapter.rank > pool_spec.adapters.max_rank:
+        stored = group.adapter.stored_rank
+        if stored > pool_spec.adapters.max_rank:
+            twice = f" (twice {group.adapter.rank}, by baseMode Rank2r)" if stored > group.adapter.rank else ""
             return Trouble(
                 "AdapterMismatch",
-                f'group {group.name} has rank {group.adapter.rank}, BasePool "{pool}" makes room for at most '
+                f'group {group.name} has rank {stored}{twice}, BasePool "{pool}" makes room for at most '
                 f"{pool_spec.adapters.max_rank}",
             )
         if extra := sorted(set(group.adapter.targets) - set(pool_spec.adapters.targets)):

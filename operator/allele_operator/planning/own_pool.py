@@ -34,7 +34,7 @@ def own_pool(run: Obj, spec: RLRunSpec, population: AdapterPopulationSpec, *, su
                 "runtimeRef": spec.runtime_ref,
                 "storeRef": population.store_ref,
                 "adapters": {
-                    "maxRank": max(a.rank for a in adapters),
+                    "maxRank": max(a.stored_rank for a in adapters),
                     "targets": list(dict.fromkeys(t for a in adapters for t in a.targets)),
                 },
                 "trainer": {"slots": slots},

@@ -124,9 +124,8 @@ class Population:
                 f"{name}: expected bytes, and the shape of group {fact.group!r}, with the revision; found none"
             )
         config = adapter_config(
-            AdapterShape(tensors=(), rank=spec.rank, targets=spec.targets, dtype="F32"),
-            alpha=spec.alpha,
-            scaling="RankStabilised" if spec.scaling == "RankStabilised" else "Standard",
+            AdapterShape(tensors=(), rank=spec.stored_rank, targets=spec.targets, dtype="F32"),
+            scale=spec.scale,
             base_name=self._base_name,
         )
 

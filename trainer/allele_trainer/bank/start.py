@@ -1,9 +1,9 @@
-"""Rows that start an adapter: by seed, from exported weights, or from a saved state."""
+"""Rows that start an adapter: by its initialisation, from exported weights, or from a saved state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +27,9 @@ class Segments(Protocol):
 class Starts:
     """First rows of the members of one run that share a shape."""
 
-    def __init__(self, store: Segments, shape: AdapterShape) -> None:
+    def __init__(self, store: Segments, shape: AdapterShape, given: Callable[[MemberStart], Tensor | None]) -> None:
+        """`given`: the weights `[P]` that a member's initialisation takes from the base, None of one by seed."""
+        self._given = given
         self._store, self._shape, self._state = store, shape, StateShape(shape)
         self._members: dict[str, MemberStart] = {}
 
@@ -43,7 +45,11 @@ class Starts:
         starts = [self._members[m] for m in members]
         stored = [s for s in starts if s.state or s.weights]
         data = dict(zip((s.member for s in stored), self._read(stored), strict=True))
-        return [self._row(s, data[s.member]) if s.member in data else initial(self._shape, seed=s.seed) for s in starts]
+        return [self._row(s, data[s.member]) if s.member in data else self._first(s) for s in starts]
+
+    def _first(self, start: MemberStart) -> Row:
+        weights = self._given(start)
+        return initial(self._shape, seed=start.seed) if weights is None else fresh(weights)
 
     def _read(self, starts: Sequence[MemberStart]) -> Sequence[bytes]:
         ranges = [r for s in starts if (r := s.state or s.weights)]

@@ -9,7 +9,6 @@ not depend on which other rows step with it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from allele.protocol.commands import OptimizerSpec
-from allele_trainer.bank.pieces import Pieces, complement, overlap
 from allele_trainer.bank.rows import Bank
 from allele_trainer.bank.shard import Shard
 from allele_trainer.parallel import Ranks
+
+Pieces = tuple[slice, ...]
+"""Ascending slices of a row that do not overlap."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,8 +29,9 @@ class Update:
     slot: int
     learning_rate: float
     optimizer: OptimizerSpec
-    frozen: tuple[slice, ...] = ()
-    """Parts of the row without gradient, decay or moments; in the norm they do not count."""
+    trained: Tensor | None = None
+    """`[P]` of ones and zeros: where it is zero there is no gradient, decay or moment, and nothing counts in the norm.
+    None: all of the row trains, at no cost."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,14 +48,14 @@ def step(bank: Bank, updates: Sequence[Update], *, ranks: Ranks) -> list[Stepped
     """Step the rows named and drop their gradients. All ranks call it with the same updates."""
     if not updates:
         return []
-    trained = [_trained(bank.numel, u.frozen) for u in updates]
     _sum_over_ranks(bank, updates, ranks)
-    norms = _norms(bank, updates, trained, ranks)
+    _mask(bank, updates)
+    norms = _norms(bank, updates, ranks)
     moving = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
     first = [i for i in moving if bank.steps[updates[i].slot] == 0 and norms[i] > 0 and updates[i].learning_rate > 0]
     before = {i: bank.weights(updates[i].slot).clone() for i in first}
     for group in _by_rule(updates, moving).values():
-        _apply(bank, updates, trained, norms, group)
+        _apply(bank, updates, norms, group)
     bank.refresh([updates[i].slot for i in moving])
     for i in moving:
         bank.steps[updates[i].slot] += 1
@@ -67,16 +69,34 @@ def step(bank: Bank, updates: Sequence[Update], *, ranks: Ranks) -> list[Stepped
 
 
 def _by_rule(updates: Sequence[Update], indices: Iterable[int]) -> Mapping[object, list[int]]:
-    """By rate and rule; equal rules that are not one object only cost a kernel more."""
+    """By rate, rule and whether a part is frozen; equal rules that are not one object only cost a kernel more."""
     groups: dict[object, list[int]] = {}
     for i in indices:
-        groups.setdefault((updates[i].learning_rate, id(updates[i].optimizer)), []).append(i)
+        u = updates[i]
+        groups.setdefault((u.learning_rate, id(u.optimizer), u.trained is None), []).append(i)
     return groups
 
 
-def _apply(
-    bank: Bank, updates: Sequence[Update], trained: Sequence[Pieces], norms: Sequence[float], group: Sequence[int]
-) -> None:
+def _mask(bank: Bank, updates: Sequence[Update]) -> None:
+    """Take the gradients of what is frozen away; one that is not finite stays so, and its row is skipped."""
+    masked = [(bank.gradient(u.slot), u.trained) for u in updates if u.trained is not None]
+    if masked:
+        torch._foreach_mul_([g for g, _ in masked], [m for _, m in masked])
+
+
+def _decay(bank: Bank, updates: Sequence[Update], group: Sequence[int]) -> float:
+    """Weight decay that is left to the kernel: all of it, unless parts of these rows are frozen. Then it is done here,
+    as the kernel would: before the step, by rate times decay."""
+    rate, decay = updates[group[0]].learning_rate, updates[group[0]].optimizer.weight_decay
+    masks = [m for i in group if (m := updates[i].trained) is not None]
+    if not masks or not decay:
+        return decay
+    weights = [bank.weights(updates[i].slot) for i in group]
+    torch._foreach_addcmul_(weights, weights, masks, value=-rate * decay)
+    return 0.0
+
+
+def _apply(bank: Bank, updates: Sequence[Update], norms: Sequence[float], group: Sequence[int]) -> None:
     """One kernel for all rows of a group: same rate and rule, each its own clip and step count."""
     rule = updates[group[0]].optimizer
     clipped = [i for i in group if norms[i] + 1e-6 > rule.clip]
@@ -85,28 +105,20 @@ def _apply(
             [bank.gradient(updates[i].slot) for i in clipped], [(norms[i] + 1e-6) / rule.clip for i in clipped]
         )
     torch._foreach_add_([bank.step_views[updates[i].slot] for i in group], 1)
-    weights, gradients, exp_avgs, exp_avg_sqs, counts = [], [], [], [], []
-    for i in group:
-        slot, whole = updates[i].slot, not updates[i].frozen
-        row = bank.gradient(slot), *(views[slot] for views in bank.rows)
-        for piece in trained[i]:
-            g, w, m, v = row if whole else (part[piece] for part in row)
-            weights.append(w)
-            gradients.append(g)
-            exp_avgs.append(m)
-            exp_avg_sqs.append(v)
-            counts.append(bank.step_views[slot])
+    slots = [updates[i].slot for i in group]
+    weight_decay = _decay(bank, updates, group)
+    weights, exp_avgs, exp_avg_sqs = ([views[s] for s in slots] for views in bank.rows)
     torch._fused_adamw_(
         weights,
-        gradients,
+        [bank.gradient(s) for s in slots],
         exp_avgs,
         exp_avg_sqs,
         [],
-        counts,
+        [bank.step_views[s] for s in slots],
         lr=updates[group[0]].learning_rate,
         beta1=rule.beta1,
         beta2=rule.beta2,
-        weight_decay=rule.weight_decay,
+        weight_decay=weight_decay,
         eps=rule.eps,
         amsgrad=False,
         maximize=False,
@@ -126,28 +138,26 @@ def _sum_over_ranks(bank: Bank, updates: Sequence[Update], ranks: Ranks) -> None
             bank.gradient(u.slot).copy_(gradient)
 
 
-def _norms(bank: Bank, updates: Sequence[Update], trained: Sequence[Pieces], ranks: Ranks) -> list[float]:
+def _norms(bank: Bank, updates: Sequence[Update], ranks: Ranks) -> list[float]:
     """Of the gradients of whole members, whatever this rank holds of them."""
     dense, experts = _counted(bank.shard)
-    squares = _squares(bank, updates, [overlap(dense, pieces) for pieces in trained])
-    of_experts = _squares(bank, updates, [overlap(experts, pieces) for pieces in trained]) if experts else None
+    squares = _squares(bank, updates, dense)
+    of_experts = _squares(bank, updates, experts) if experts else None
     norms: list[float] = ranks.sum_squares(squares, of_experts).sqrt().tolist()
     return norms
 
 
-def _squares(bank: Bank, updates: Sequence[Update], counted: Sequence[Pieces]) -> Tensor:
+def _squares(bank: Bank, updates: Sequence[Update], counted: Pieces) -> Tensor:
     """`[n]` sums of squares of some pieces of each gradient, in double precision: a square overflows in single."""
-    owners = [i for i, pieces in enumerate(counted) for _ in pieces]
+    whole = slice(0, bank.numel)
     parts = [
-        bank.gradient(u.slot) if piece == slice(0, bank.numel) else bank.gradient(u.slot)[piece]
-        for u, pieces in zip(updates, counted, strict=True)
-        for piece in pieces
+        bank.gradient(u.slot) if piece == whole else bank.gradient(u.slot)[piece] for u in updates for piece in counted
     ]
+    if not parts:
+        return torch.zeros(len(updates), dtype=torch.float64, device=bank.device)
+    owners = torch.arange(len(updates), device=bank.device).repeat_interleave(len(counted))
     total = torch.zeros(len(updates), dtype=torch.float64, device=bank.device)
-    if parts:
-        squares = torch.stack(torch._foreach_norm(parts)).double().square()
-        total.index_add_(0, torch.tensor(owners, device=bank.device), squares)
-    return total
+    return total.index_add_(0, owners, torch.stack(torch._foreach_norm(parts)).double().square())
 
 
 def _still(bank: Bank, updates: Sequence[Update], before: Mapping[int, Tensor], ranks: Ranks) -> set[int]:
@@ -165,12 +175,3 @@ def _counted(shard: Shard) -> tuple[Pieces, Pieces]:
     if shard.whole:
         return (slice(0, shard.numel),), ()
     return shard.counted, shard.experts
-
-
-def _trained(numel: int, frozen: tuple[slice, ...]) -> Pieces:
-    return _without(numel, tuple((s.start, s.stop) for s in frozen)) if frozen else (slice(0, numel),)
-
-
-@functools.lru_cache(maxsize=256)
-def _without(numel: int, frozen: tuple[tuple[int, int], ...]) -> Pieces:
-    return complement([slice(*ends) for ends in frozen], numel)

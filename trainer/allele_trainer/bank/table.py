@@ -50,6 +50,8 @@ class Page:
     scale: float
     optimizer: OptimizerSpec
     start: Start
+    trained: Tensor | None = None
+    """`[P]` of ones and zeros on the bank's device: what of the row trains. None: all."""
     slot: int | None = None
     row: Row | None = None
     """In host memory. Beside a slot only while both are the same."""

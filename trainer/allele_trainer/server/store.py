@@ -1,4 +1,4 @@
-"""A population's store as commands use it: its failures become answers that a driver can act on."""
+"""The store as commands use it: its failures become answers that a driver can act on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from allele.protocol.commands import ByteRange
 from allele.protocol.errors import NotFound, Unavailable
 from allele.store import ObjectNotFound, PopulationStore, StoreError
+from allele.store.factors import Decomposition, Factors, FactorStore
 
 Kind = Literal["segments", "states"]
 
@@ -30,6 +31,22 @@ class RunStore:
     def write_segment(self, adapters: Mapping[str, bytes | memoryview], kind: Kind) -> dict[str, ByteRange]:
         with _answered():
             return self._population.write_segment(adapters, kind=kind)
+
+
+class RunFactors(FactorStore):
+    """Reads and keeps factors of the base. Raises Unavailable or DigestMismatch."""
+
+    def ranks(self, decomposition: Decomposition) -> list[int]:
+        with _answered():
+            return super().ranks(decomposition)
+
+    def read(self, module: str, decomposition: Decomposition, rank: int, *, sizes: tuple[int, int]) -> Factors | None:
+        with _answered():
+            return super().read(module, decomposition, rank, sizes=sizes)
+
+    def create(self, module: str, decomposition: Decomposition, found: Factors) -> Factors:
+        with _answered():
+            return super().create(module, decomposition, found)
 
 
 @contextlib.contextmanager

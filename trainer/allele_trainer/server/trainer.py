@@ -13,6 +13,7 @@ import torch
 from allele.format import AdapterShape, ShapeMismatch, StateShape
 from allele.protocol import commands as c
 from allele.protocol.errors import InvalidRequest, NotFound
+from allele.protocol.initialisation import InitSpec
 from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.host import Held, HostTier
 from allele_trainer.bank.rows import Bank
@@ -20,6 +21,8 @@ from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import Starts, from_bytes
 from allele_trainer.bank.step import Update, step
 from allele_trainer.bank.table import Key, Page, PageTable
+from allele_trainer.initialisation import rows
+from allele_trainer.initialisation.initialiser import First, Initialiser
 from allele_trainer.model.build import BaseModel
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
@@ -55,16 +58,30 @@ class Run:
     store: RunStore
     tables: dict[str, PageTable]
     """Member → the table of its shape."""
+    firsts: dict[c.AdapterSpec, First] = dataclasses.field(default_factory=dict)
+    """What members start from, where that depends on the base; gone with the run, as a row has an adapter's size."""
+    factors: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Member → digest of the factors of the base in it."""
     admitted: set[str] = dataclasses.field(default_factory=set)
 
 
 class Trainer:
-    def __init__(self, model: BaseModel, *, open_store: Callable[[str, str], RunStore], limits: Limits) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        open_store: Callable[[str, str], RunStore],
+        limits: Limits,
+        initialiser: Initialiser | None = None,
+    ) -> None:
+        """`initialiser`: of the base; without one members can only be of kind Standard."""
         self.model, self.ranks, self.limits = model, model.ranks, limits
+        self._initialiser = initialiser
         self._open_store = open_store
         self.host = HostTier(capacity=limits.host_memory, pinned=model.device.type == "cuda", spill=self._spill)
         self._shapes: dict[tuple[int, tuple[str, ...]], AdapterShape] = {}
         self._tables: dict[str, PageTable] = {}
+        self._masks: dict[tuple[str, InitSpec], torch.Tensor | None] = {}
         self._runs: dict[str, Run] = {}
 
     @property
@@ -94,16 +111,22 @@ class Trainer:
         if len(set(names)) != len(names):
             raise InvalidRequest(f"members: expected each name once, found {len(names) - len(set(names))} repeated")
         store = self._open_store(command.namespace, command.population)
+        firsts = self._firsts(dict.fromkeys(m.adapter for m in command.members))
         self.drop(command.run)
-        run = self._runs[command.run] = Run(store, {})
+        run = self._runs[command.run] = Run(store, {}, firsts=firsts)
         starts: dict[str, Starts] = {}
         rules: dict[c.OptimizerSpec, c.OptimizerSpec] = {}
         for start, shape in zip(command.members, shapes, strict=True):
             table = run.tables[start.member] = self._table(shape)
-            source = starts.setdefault(shape.digest, Starts(store, shape))
+            source = starts.setdefault(shape.digest, Starts(store, shape, lambda s: _row(firsts.get(s.adapter))))
             source.add(start)
+            if first := firsts.get(start.adapter):
+                run.factors[start.member] = first.digest
             page = Page(
-                scale=start.adapter.scale, optimizer=rules.setdefault(start.optimizer, start.optimizer), start=source
+                scale=start.adapter.scale,
+                optimizer=rules.setdefault(start.optimizer, start.optimizer),
+                start=source,
+                trained=self._trained(table, start.adapter.init),
             )
             table.add(Key(command.run, start.member), page)
 
@@ -191,7 +214,8 @@ class Trainer:
             for wave in _waves(keys, self.limits.wave):
                 slots = table.resident(wave, gradients=True)
                 updates = [
-                    Update(s, rates[k.member], table.page(k).optimizer) for s, k in zip(slots, wave, strict=True)
+                    Update(s, rates[k.member], table.page(k).optimizer, table.page(k).trained)
+                    for s, k in zip(slots, wave, strict=True)
                 ]
                 for key, done in zip(wave, step(table.bank, updates, ranks=self.ranks), strict=True):
                     table.page(key).pending = False
@@ -223,7 +247,12 @@ class Trainer:
             digests.update({k.member: bank.shape.digest for k in keys})
         probes = self._probe(run, command, segments.shared(mine, self.ranks)) if command.probes else {}
         weights = segments.write(run.store, mine, "segments", self.ranks)
-        return c.ExportDone(weights={m: weights[m] for m in digests}, shape_digests=digests, probe_logprobs=probes)
+        return c.ExportDone(
+            weights={m: weights[m] for m in digests},
+            shape_digests=digests,
+            factor_digests={m: run.factors[m] for m in digests if m in run.factors},
+            probe_logprobs=probes,
+        )
 
     def _probe(self, run: Run, command: c.Export, packed: Mapping[str, bytes]) -> dict[str, tuple[float, ...]]:
         """Logprobs of the probe completions under the packed bytes, read back as a reader of the segment would."""
@@ -297,22 +326,49 @@ class Trainer:
 
     def _shape(self, start: c.MemberStart) -> AdapterShape:
         adapter = start.adapter
-        if adapter.rank > self.limits.max_rank:
+        if adapter.stored_rank > self.limits.max_rank:
+            twice = f" (twice {adapter.rank}, by baseMode Rank2r)" if adapter.stored_rank > adapter.rank else ""
             raise InvalidRequest(
                 f"member {start.member}, rank: expected at most {self.limits.max_rank} (--max-rank), "
-                f"found {adapter.rank}"
+                f"found {adapter.stored_rank}{twice}"
             )
         if start.optimizer.clip <= 0:
             raise InvalidRequest(f"member {start.member}, clip: expected a positive norm, found {start.optimizer.clip}")
-        kind = adapter.rank, adapter.targets
+        kind = adapter.stored_rank, adapter.targets
         if kind not in self._shapes:
             try:
                 self._shapes[kind] = AdapterShape.from_model(
-                    self.model.config.raw, rank=adapter.rank, targets=adapter.targets
+                    self.model.config.raw, rank=adapter.stored_rank, targets=adapter.targets
                 )
             except ShapeMismatch as e:
                 raise InvalidRequest(f"member {start.member}: {e}") from e
         return self._shapes[kind]
+
+    def _firsts(self, specs: Iterable[c.AdapterSpec]) -> dict[c.AdapterSpec, First]:
+        """What members of these specs start from; those that a seed says are left out. Collective.
+
+        Raises InvalidRequest for a spec that belongs to another base.
+        """
+        known = {spec: first for run in self._runs.values() for spec, first in run.firsts.items()}
+        found: dict[c.AdapterSpec, First] = {}
+        for spec in specs:
+            if self._initialiser is not None:
+                self._initialiser.check(spec)
+            if spec.init.kind == "Standard":
+                continue
+            if self._initialiser is None:
+                raise InvalidRequest(f"init {spec.init.kind}: expected Standard: this trainer has no files of its base")
+            found[spec] = known.get(spec) or self._initialiser.first(spec)
+        return found
+
+    def _trained(self, table: PageTable, init: InitSpec) -> torch.Tensor | None:
+        """What of this rank's part of a row trains; one mask for all rows of a shape."""
+        key = table.bank.shape.digest, init
+        if key not in self._masks:
+            whole = rows.trained(table.bank.shape, init)
+            mine = None if whole is None else table.bank.shard.take(whole).to(self.model.device)
+            self._masks[key] = mine
+        return self._masks[key]
 
     def _table(self, shape: AdapterShape) -> PageTable:
         """The bank of a shape, made when its first member appears."""
@@ -337,6 +393,10 @@ class Trainer:
                 raise InvalidRequest(
                     f"probes[{i}]: expected a prompt and a completion of ids in 0..{self.model.config.vocab - 1}"
                 )
+
+
+def _row(first: First | None) -> torch.Tensor | None:
+    return None if first is None else first.row
 
 
 def _waves(keys: Sequence[Key], size: int) -> list[Sequence[Key]]:
