@@ -98,13 +98,17 @@ def _openapi3(schema: Schema) -> Schema:
 
 
 def _properties(value: Schema, required: Any, defs: Schema, at: str, seen: tuple[str, ...]) -> Schema:
-    """default_factory is not in pydantic's schema: without `default: {}` the defaults inside would never apply."""
+    """default_factory is not in pydantic's schema: without a default the defaults inside would never apply.
+
+    It is spelled out, because the API server checks rules against it before it fills in what is inside.
+    """
     out = {name: structural(schema, defs, f"{at}.{name}", seen) for name, schema in value.items()}
     for name, schema in value.items():
         if name in required or out[name].get("required"):
             continue
         if "$ref" in schema or ("additionalProperties" in schema and "anyOf" not in schema):
-            out[name].setdefault("default", {})
+            fields = out[name].get("properties", {})
+            out[name].setdefault("default", {k: field["default"] for k, field in fields.items() if "default" in field})
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from allele_trainer.model.batch import PackedBatch
@@ -100,36 +100,24 @@ def _tokens(parts: Sequence[Tensor], scatter: Tensor) -> Tensor:
     return torch.cat([*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]).index_select(0, scatter)
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(SelfAttention):
     """Causal attention within each sequence, rotary positions included: one kernel per bucket of equal width.
 
     A sequence's width depends on its own length alone, never on its neighbours, and with it the bits of the result.
     """
 
-    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_: Any) -> None:
-        super().__init__(config=config)
-        self._scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: None,
-        *,
-        packed_seq_params: PackedBatch,
-        **_: Any,
-    ) -> Tensor:
-        """query `[T, 1, heads, d]`, key and value `[T, 1, groups, d]` → `[T, 1, heads·d]`."""
-        batch = packed_seq_params
+    def forward(self, hidden_states: Tensor, batch: PackedBatch) -> Tensor:
+        """`[T, 1, h]` → `[T, 1, h]`"""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
         parts = _Sequences.apply(query.squeeze(1), key.squeeze(1), value.squeeze(1), batch)
         n = len(batch.buckets)
-        outputs = [self._attend(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
+        outputs = [_attend(*qkv) for qkv in zip(parts[:n], parts[n : 2 * n], parts[2 * n :], strict=True)]
         found: Tensor = _Tokens.apply(batch, *outputs)
-        return found.flatten(1)[:, None]
+        output: Tensor = self.linear_proj(found.flatten(1)[:, None])[0]
+        return output
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`[sequences, width, heads, d]` each."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True, scale=self._scale)
-        return found.transpose(1, 2)
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`[sequences, width, heads, d]` each."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -64,7 +64,8 @@ def _spec(config: BaseConfig, *, layers: int) -> TransformerBlockSubmodules:
     parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
     attention = parts.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = PackedRMSNorm if config.qk_norm else IdentityOp
-    attention.core_attention = PackedAttention
+    attention.core_attention = IdentityOp
+    parts.self_attention.module = PackedAttention
     if config.experts:
         parts.mlp = PackedMoELayer
     else:

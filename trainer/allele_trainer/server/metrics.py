@@ -54,6 +54,7 @@ class Metrics:
         self.bank = Gauge(
             "allele_trainer_bank_bytes", "Device memory of the rows of all banks.", registry=self.registry
         )
+        self._moved: dict[str, int] = {}
         self.host = Gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", registry=self.registry)
 
     def observe(self, trainer: Trainer, *, runs: int) -> None:
@@ -64,4 +65,6 @@ class Metrics:
         self.bank.set(trainer.bank_bytes)
         self.host.set(trainer.host.used)
         for how, count in trainer.moved().items():
-            self.rows.labels(how).set(count)
+            if self._moved.get(how) != count:  # seldom: asked after every micro-batch
+                self._moved[how] = count
+                self.rows.labels(how).set(count)
