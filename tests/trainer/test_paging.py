@@ -11,6 +11,7 @@ import torch
 
 from allele.protocol import commands as c
 from allele.protocol.errors import InvalidRequest, Overloaded, Unavailable
+from allele_trainer.bank.banks import Banks
 from allele_trainer.bank.rows import StaleSlot
 from allele_trainer.bank.table import Key, PageTable
 from allele_trainer.lora.plan import plan, routed
@@ -108,7 +109,7 @@ def test_a_plan_for_a_slot_that_was_given_away_is_refused(rig: Callable[..., Rig
     mine = begin(rig(slots=1))
     mine.admit("m0")
     bank = table(mine).bank
-    routes = plan(bank, [(0, 3)], padded=64, gradients=True)
+    routes = plan(Banks([bank]), [(0, 3)], padded=64, gradients=True)
     with routed(routes):
         pass
     mine.admit("m1")

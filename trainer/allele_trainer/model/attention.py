@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from allele_trainer.model.batch import PackedBatch
 
+_TABLE = 256
+"""Positions by which the table of angles grows."""
+
 
 class Rotary(nn.Module):
     """Cosines and sines of each token's own position; the table grows with the longest sequence seen."""
@@ -29,7 +32,8 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`[T]` positions below `longest` → `[T, 1, head_dim / 2]` each."""
         if self._cos.shape[0] < longest:
-            angles = torch.outer(torch.arange(longest, device=positions.device).float(), self._frequencies)
+            size = -(-longest // _TABLE) * _TABLE
+            angles = torch.outer(torch.arange(size, device=positions.device).float(), self._frequencies)
             self._cos, self._sin = angles.cos(), angles.sin()
         cos, sin = (table.index_select(0, positions)[:, None].to(dtype) for table in (self._cos, self._sin))
         return cos, sin
