@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 import transformers
@@ -27,7 +26,7 @@ from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import Ranks, initialise
 from bench.report import Report
 from bench.trainer.ours import MAX_TOKENS, Ours
-from bench.trainer.rivals import Loop, PerAdapter, Sequential, Stacking, Swapping, TooMany
+from bench.trainer.rivals import Contender, Loop, PerAdapter, Sequential, Stacking, Swapping, TooMany
 from bench.trainer.workload import CLIP, RANK, RATE, TARGETS, Workload, write_base
 
 MEMBERS = (1, 4, 16, 64, 256, 1024)
@@ -37,13 +36,6 @@ RIVALS = (Sequential, Swapping, Loop, Stacking)
 
 EXAMPLE = """example:
   python -m bench.trainer --models h64 --members 64,256 --tokens 8,32 --rounds 5"""
-
-
-class Contender(Protocol):
-    name: str
-    scale: float
-
-    def step(self) -> None: ...
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -126,7 +118,7 @@ def _best(contenders: list[Contender], rounds: int) -> dict[str, float]:
     best = dict.fromkeys((each.name for each in contenders), float("inf"))
     for number in range(rounds + 1):
         for each in contenders:
-            seconds = _seconds(each.step) * each.scale
+            seconds = _seconds(each.ready()) * each.scale
             if number:
                 best[each.name] = min(best[each.name], seconds)
     return best

@@ -23,7 +23,7 @@ from allele_trainer.model.build import BaseModel, build
 from allele_trainer.parallel import initialise
 from bench.report import Report
 from bench.trainer.ours import Ours
-from bench.trainer.rivals import Sequential, Stacking, TooMany
+from bench.trainer.rivals import Contender, Sequential, Stacking, TooMany
 from bench.trainer.workload import MODELS, RANK, TARGETS, Workload, write_base
 
 EXAMPLE = """example:
@@ -92,7 +92,7 @@ def _compare(report: Report, args: argparse.Namespace, model: BaseModel, base: p
     total = work.members * work.tokens
     with tempfile.TemporaryDirectory() as store:
         ours = Ours(model, work, store=pathlib.Path(store), max_tokens=args.max_tokens)
-        best = _best(ours.step, args.rounds)
+        best = _best(ours, args.rounds)
         row: dict[str, object] = {"model": work.model, "N": work.members, "tokens": work.tokens}
         row |= {"allele tok/s": total / best, "MB/slot": ours.trainer.bank_bytes / work.members / 1e6}
         ours.close()
@@ -101,7 +101,7 @@ def _compare(report: Report, args: argparse.Namespace, model: BaseModel, base: p
     for rival in (Sequential, Stacking):
         try:
             found = rival(base, work)
-            seconds = _best(found.step, args.rounds) * found.scale
+            seconds = _best(found, args.rounds) * found.scale
             del found
         except (TooMany, torch.cuda.OutOfMemoryError) as e:
             row[f"{rival.name} tok/s"] = None if isinstance(e, TooMany) else "out of memory"
@@ -137,11 +137,11 @@ def _paged(report: Report, args: argparse.Namespace, model: BaseModel, work: Wor
         ours.close()
 
 
-def _best(step: object, rounds: int) -> float:
+def _best(contender: Contender, rounds: int) -> float:
     """Seconds; the first round only warms up."""
-    assert callable(step)
     best = float("inf")
     for number in range(rounds + 1):
+        step = contender.ready()
         began = time.perf_counter()
         step()
         if torch.cuda.is_available():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel
 
@@ -27,7 +29,7 @@ MAX_TOKENS = 4096
 
 
 class Ours:
-    """`step`: admit, forward_backward and optim_step of all members."""
+    """A step: admit, forward_backward and optim_step of all members."""
 
     name = "allele"
     scale = 1.0
@@ -60,20 +62,32 @@ class Ours:
         self.mode = ""
         self._reset()
 
-    def step(self) -> None:
+    def ready(self) -> Callable[[], None]:
+        """A step whose bodies a driver has encoded, as the rivals' samples are tensors already."""
+        bodies: list[tuple[str, bytes]] = []
         for i, (wave, columns) in enumerate(zip(self._waves, self._columns, strict=True)):
             after = tuple(self._waves[i + 1]) if i + 1 < len(self._waves) else ()
-            self._send("admit", c.Admit(header=self._header(), members=tuple(wave), next=after))
+            bodies.append(("admit", _json(c.Admit(header=self._header(), members=tuple(wave), next=after))))
             loss = PolicyLoss(clip_low=CLIP_LOW, clip_high=CLIP_HIGH)
             command = c.ForwardBackward(header=self._header(), losses=(loss,))
-            reply = self._submit("forward_backward", samples.encode(command, samples.TRAIN, columns))
-            self.mode = c.ForwardBackwardDone.model_validate_json(reply).mode
-            self._send("optim_step", c.OptimStep(header=self._header(), learning_rates=dict.fromkeys(wave, RATE)))
+            bodies.append(("forward_backward", samples.encode(command, samples.TRAIN, columns)))
+            rates = dict.fromkeys(wave, RATE)
+            bodies.append(("optim_step", _json(c.OptimStep(header=self._header(), learning_rates=rates))))
+        return functools.partial(self._step, bodies)
+
+    def step(self) -> None:
+        self.ready()()
+
+    def _step(self, bodies: Sequence[tuple[str, bytes]]) -> None:
+        for name, body in bodies:
+            reply = self._submit(name, body)
+            if name == "forward_backward":
+                self.mode = c.ForwardBackwardDone.model_validate_json(reply).mode
 
     def export(self) -> None:
         """All members, as a driver publishes a step."""
         for wave in self._waves:
-            self._send("export", c.Export(header=self._header(), members=tuple(wave)))
+            self._submit("export", _json(c.Export(header=self._header(), members=tuple(wave))))
 
     def close(self) -> None:
         self._executor.stop()
@@ -84,19 +98,21 @@ class Ours:
         starts = tuple(
             c.MemberStart(member=m, adapter=adapter, optimizer=rule, seed=i) for i, m in enumerate(self._members)
         )
-        self._send("reset", c.Reset(run="run", epoch=1, namespace="bench", population="members", members=starts))
+        reset = c.Reset(run="run", epoch=1, namespace="bench", population="members", members=starts)
+        self._submit("reset", _json(reset))
 
     def _header(self) -> c.Header:
         return c.Header(run="run", epoch=1, incarnation="bench", seq=next(self._seq))
-
-    def _send(self, name: str, command: BaseModel) -> None:
-        self._submit(name, command.model_dump_json().encode())
 
     def _submit(self, name: str, body: bytes) -> bytes:
         began = time.perf_counter()
         reply = self._executor.submit(name, body).result()
         self.seconds[name] += time.perf_counter() - began
         return reply
+
+
+def _json(command: BaseModel) -> bytes:
+    return command.model_dump_json().encode()
 
 
 def _columns(work: Workload, members: list[str], *, first: int) -> dict[str, list[object]]:

@@ -7,7 +7,8 @@ cannot be installed without CUDA, so its scheme is written out here over the sam
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import peft
 import torch
@@ -25,7 +26,27 @@ MOST_PEFT_ADAPTERS = 256
 """PEFT looks adapters up in dictionaries of modules: more take minutes to make."""
 
 
-class Sequential:
+class Contender(Protocol):
+    name: str
+    scale: float
+
+    def ready(self) -> Callable[[], None]:
+        """A step, all but done."""
+
+
+class Rival:
+    name: str
+    scale = 1.0
+    """A step is so many times what `step` does."""
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def ready(self) -> Callable[[], None]:
+        return self.step
+
+
+class Sequential(Rival):
     """(a) N steps one after the other. One adapter and one optimizer stand for all: no cost of changing them."""
 
     name = "sequential PEFT"
@@ -73,11 +94,10 @@ class Swapping(Sequential):
         torch._foreach_copy_(self._kept[i], self._live)
 
 
-class Loop:
+class Loop(Rival):
     """(b) One batch, PEFT's forward for mixed batches: in every linear a loop over the adapters that are there."""
 
     name = "per-adapter loop"
-    scale = 1.0
 
     def __init__(self, base: pathlib.Path, work: Workload) -> None:
         if work.members > MOST_PEFT_ADAPTERS:
@@ -104,11 +124,10 @@ class Loop:
         self._stepper.step()
 
 
-class Stacking:
+class Stacking(Rival):
     """(c) One batch; every linear stacks the A and B of all adapters at each call, then one grouped GEMM for each."""
 
     name = "stacking at each call"
-    scale = 1.0
 
     def __init__(self, base: pathlib.Path, work: Workload) -> None:
         if work.device != "cpu" and work.members > MOST_GROUPS:

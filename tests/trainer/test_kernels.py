@@ -73,7 +73,7 @@ def test_every_kernel_gives_the_bits_of_a_slot_computed_alone(each: list[int], r
 
 def test_kernels_are_chosen_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[str] = []
-    for kernel in (grouped._Grouped, grouped._Batched, grouped._SlotBySlot):
+    for kernel in (grouped._Single, grouped._Grouped, grouped._Batched, grouped._SlotBySlot):
         inner = kernel.product
         monkeypatch.setattr(
             kernel,
@@ -88,10 +88,10 @@ def test_kernels_are_chosen_by_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
             product(tokens(part, 64, seed=0), rows.stacks[0, "linear_qkv"].a, part)
         return list(chosen)
 
-    assert kernels([(5, 7)]) == ["_Batched"]
+    assert kernels([(5, 7)]) == ["_Single"]
     assert kernels([(slot, 7) for slot in range(12)]) == ["_Batched"]
     assert kernels([(0, 3), (1, 7)]) == ["_Grouped"]
-    assert kernels([(0, 3), *((slot, 7) for slot in range(2, 12))]) == ["_Batched", "_Batched"]
+    assert kernels([(0, 3), *((slot, 7) for slot in range(2, 12))]) == ["_Single", "_Batched"]
     assert kernels([(slot, 7) for slot in range(12)], rank=2) == ["_SlotBySlot"]
 
 

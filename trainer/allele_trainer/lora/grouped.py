@@ -4,8 +4,9 @@ Autograd on stacked weights would build a full-size zero gradient per adapter. H
 row's gradient is one addition to a view of G. Sums over micro-batches, and later over data-parallel ranks, are
 therefore plain SUMs.
 
-Three kernels, with the same bits on a CPU, so that a member's may be another one in company than alone:
+Four kernels, with the same bits on a CPU, so that a member's may be another one in company than alone:
 
+- `_Single`: a part of one slot.
 - `_Grouped`: torch's grouped GEMM; slots without tokens between others are empty groups.
 - `_Batched`: on CPU, where all slots of a part have equally many tokens: one strided batched GEMM, without what the
   grouped one costs per group there. Tiny products it would compute by another kernel: they stay grouped.
@@ -60,9 +61,26 @@ def _kernel(x: Tensor, weight: Tensor, part: Part) -> type[_Kernel]:
     unit = 16 // dtype.itemsize
     if out % unit or into % unit or weight.storage_offset() % unit or (on_cuda and dtype != torch.bfloat16):
         return _SlotBySlot
+    if len(part.spans) == 1:
+        return _Single
     if part.each and part.each * out * into >= _TINY and not on_cuda and dtype == torch.float32:
         return _Batched
     return _Grouped
+
+
+class _Single:
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return torch.mm(x, weight[part.first].t())
+
+    @staticmethod
+    def transposed(gy: Tensor, weight: Tensor, part: Part) -> Tensor:
+        return torch.mm(gy, weight[part.first])
+
+    @staticmethod
+    def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
+        assert part.rows is not None
+        grad[part.rows.start].add_(torch.mm(gy.t(), x))
 
 
 class _Grouped:

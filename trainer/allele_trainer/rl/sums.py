@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from allele.protocol.losses import DistillationLoss, LossSpec, MemberLoss, PolicyLoss, PreferenceLoss
@@ -64,26 +65,25 @@ def sums_of(
     first = np.flatnonzero(np.diff(owners, prepend=-1))
     gap = None if tokens.rollout is None else (tokens.logprobs - tokens.rollout).abs()
     ranked = None if terms.ranked is None else terms.ranked * weight
-
-    def total(values: Tensor | None, reduce: np.ufunc = np.add) -> list[float]:
-        if values is None:
-            return [0.0] * first.size
-        found: list[float] = reduce.reduceat(values.detach().double().cpu().numpy(), first).tolist()
-        return found
-
     columns = {
-        "loss": total(terms.loss * weight),
-        "entropy": total(entropy),
-        "ratio": total(terms.ratio),
-        "clipped": total(terms.clipped),
-        "rejected": total(terms.rejected),
-        "kl": total(terms.kl),
-        "ranked": total(ranked),
-        "gap": total(gap, np.maximum),
+        "loss": terms.loss * weight,
+        "entropy": entropy,
+        "ratio": terms.ratio,
+        "clipped": terms.clipped,
+        "rejected": terms.rejected,
+        "kl": terms.kl,
+        "ranked": ranked,
+        "gap": gap,
+    }
+    there = {name: values.detach().double() for name, values in columns.items() if values is not None}
+    table = torch.stack(list(there.values())).cpu().numpy()  # one copy from the device
+    totals = {
+        name: (np.maximum if name == "gap" else np.add).reduceat(row, first).tolist()
+        for name, row in zip(there, table, strict=True)
     }
     counts = np.diff(first, append=owners.size).tolist()
-    rows = zip(*columns.values(), strict=True)
+    rows = zip(*totals.values(), strict=True)
     return {
-        owner: Sums(tokens=n, **dict(zip(columns, row, strict=True)))
+        owner: Sums(tokens=n, **dict(zip(totals, row, strict=True)))
         for owner, n, row in zip(owners[first].tolist(), counts, rows, strict=True)
     }
