@@ -44,23 +44,30 @@ def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tu
     Losses are computed one after the other over the tokens of the members that have them: no number of one member
     meets that of another but in the last sum, whose parts have their own gradients.
     """
-    unknown = torch.as_tensor(packed.unknown).to(targets.device)
-    found = distribution.at(targets)
-    # Tokens that were routed otherwise than in the rollout count for nothing, in ratios of sequences neither.
-    logprobs = torch.where(unknown, found.detach(), found)
-    total = logprobs[:0].sum()  # of the graph, also where there is no sample
+    logprobs, entropy = distribution.at(targets), distribution.entropy
+    known = np.where(packed.unknown, 0.0, 1.0)
+    if packed.unknown.any():
+        # Tokens that were routed otherwise than in the rollout count for nothing, in ratios of sequences neither.
+        logprobs = torch.where(torch.as_tensor(packed.unknown).to(targets.device), logprobs.detach(), logprobs)
+    by_loss = _by_loss(packed)
+    values: list[Tensor] = []
     sums: dict[int, Sums] = {}
-    for loss, some in _by_loss(packed).items():
-        rows = torch.as_tensor(some.rows()).to(targets.device)
+    for loss, some in by_loss.items():
+        places = some.rows()
+        rows = torch.as_tensor(places).to(targets.device) if len(by_loss) > 1 else None
         tokens = _tokens(some, logprobs, distribution, rows)
         terms = LOSSES[loss.kind](tokens, loss)
-        weight = torch.as_tensor(some.spread([g.weight for g in some.goals])).to(logprobs)
-        weight = weight.masked_fill(unknown.index_select(0, rows), 0.0)
-        entropy = distribution.entropy.index_select(0, rows)
+        weight = torch.as_tensor(some.spread([g.weight for g in some.goals]) * known[places]).to(logprobs)
         owners = np.repeat(some.owners, some.lengths)
-        sums.update(sums_of(tokens, terms, weight=weight, entropy=entropy, owners=owners))
-        total = total + (terms.loss * weight).sum()
+        sums.update(sums_of(tokens, terms, weight=weight, entropy=_rows(entropy, rows), owners=owners))
+        values.append((terms.loss * weight).sum())
+    total = torch.stack(values).sum() if values else logprobs.sum()  # of the graph, also where there is no sample
     return total, sums
+
+
+def _rows(values: Tensor, rows: Tensor | None) -> Tensor:
+    """None: all of them."""
+    return values if rows is None else values.index_select(0, rows)
 
 
 def _by_loss(packed: Packed) -> dict[LossSpec, _Alike]:
@@ -78,7 +85,7 @@ def _by_loss(packed: Packed) -> dict[LossSpec, _Alike]:
     return found
 
 
-def _tokens(some: _Alike, logprobs: Tensor, distribution: Distribution, rows: Tensor) -> Tokens:
+def _tokens(some: _Alike, logprobs: Tensor, distribution: Distribution, rows: Tensor | None) -> Tokens:
     """What the loss is given: goals of one loss have the same kinds of numbers."""
     device, goals = logprobs.device, some.goals
 
@@ -95,7 +102,7 @@ def _tokens(some: _Alike, logprobs: Tensor, distribution: Distribution, rows: Te
     lengths = torch.tensor(some.lengths)
     index = torch.repeat_interleave(torch.arange(len(goals)), lengths).to(device)
     return Tokens(
-        logprobs.index_select(0, rows),
+        _rows(logprobs, rows),
         Sequences(index, lengths.to(logprobs)),
         rollout=joined([g.rollout for g in goals]),
         advantages=joined([g.advantages for g in goals]),

@@ -63,10 +63,10 @@ def sums_of(
 ) -> dict[int, Sums]:
     """By owner. `weight`, `entropy` `[n]`; `owners` `[n]`: owner of each token, those of a owner side by side."""
     first = np.flatnonzero(np.diff(owners, prepend=-1))
-    gap = None if tokens.rollout is None else (tokens.logprobs - tokens.rollout).abs()
+    gap = None if tokens.rollout is None else (tokens.logprobs.detach() - tokens.rollout).abs()
     ranked = None if terms.ranked is None else terms.ranked * weight
     columns = {
-        "loss": terms.loss * weight,
+        "loss": terms.loss.detach() * weight,
         "entropy": entropy,
         "ratio": terms.ratio,
         "clipped": terms.clipped,
