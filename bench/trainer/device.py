@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("--device cuda: expected a CUDA device, found none: run it where one is")
     transformers.utils.logging.disable_progress_bar()
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    settings = {k: v if not isinstance(v, pathlib.Path) else str(v) for k, v in vars(args).items() if k != "out"}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     report = Report("trainer-device", settings | {"accelerator": name, "rank": RANK, "targets": TARGETS})
     with tempfile.TemporaryDirectory() as folder:
         for model in args.models:
