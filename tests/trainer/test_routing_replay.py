@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from allele.protocol.errors import InvalidRequest
+from allele.protocol.losses import SupervisedLoss
 from allele_trainer.model.batch import to_device
 from allele_trainer.model.build import BaseModel, build
 from allele_trainer.rl.packing import PAD, Sample, pack
@@ -51,6 +52,19 @@ def test_padding_has_different_experts_and_tokens_with_unknown_ones_do_not_count
     assert packed.routing is not None and packed.routing.shape == (LAYERS, PAD, K)
     assert (packed.routing[:, 4:] == np.arange(K)).all()
     assert packed.unknown.tolist() == [False, True, False]  # tokens 1, 2, 3 predict the three of the completion
+
+
+def test_a_loss_leaves_out_tokens_whose_experts_are_not_known(mixture: BaseModel, tmp_path: pathlib.Path) -> None:
+    prompt, completion = [5, 9, 2], [7, 1, 30]
+    experts = np.tile(np.array([3, 0], np.int16), (5, LAYERS, 1))
+    experts[3] = -1  # the token that predicts the second of the completion
+    first, _, third = logprobs(mixture, Sample(0, prompt, completion, experts=experts)).tolist()
+    rig = Rig(mixture, tmp_path / "store")
+    rig.reset([start("m", adapter())])
+    rig.admit("m")
+    example = Example("m", prompt, completion, [-1.0] * 3, 1.0, experts.ravel().tolist())
+    found = rig.forward_backward([example], losses=[SupervisedLoss()])
+    assert found["m"].loss == pytest.approx(-(first + third) / 3)
 
 
 @pytest.mark.parametrize(
