@@ -6,6 +6,7 @@ cannot be installed without CUDA, so its scheme is written out here over the sam
 
 from __future__ import annotations
 
+import abc
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -34,13 +35,13 @@ class Contender(Protocol):
         """A step, all but done."""
 
 
-class Rival:
+class Rival(abc.ABC):
     name: str
     scale = 1.0
     """A step is so many times what `step` does."""
 
-    def step(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def step(self) -> None: ...
 
     def ready(self) -> Callable[[], None]:
         return self.step

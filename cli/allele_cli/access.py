@@ -1,4 +1,5 @@
-"""Where a population's store is: given by flag, or found through the cluster with the user's own kubeconfig."""
+"""Where things are: a base by its URI, a population's store by flag or through the cluster with the user's own
+kubeconfig."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from allele.api.store import AdapterStoreSpec
+from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele_cli.failure import Failure
 
@@ -30,6 +32,14 @@ def open_population(population: str, *, namespace: str, store: str | None) -> Po
     if store is None:
         store = _store_of(population, namespace)
     return PopulationStore.open(store, namespace=namespace, population=population)
+
+
+def split_uri(uri: str) -> tuple[Objects, str]:
+    """`<store>/bases/<name>` → the store and the name. Raises Failure for another form."""
+    store, found, name = uri.rpartition("/bases/")
+    if not found or not name or "/" in name:
+        raise Failure(f"base uri: expected <store>/bases/<name>, found {uri!r}")
+    return Objects.open(store), name
 
 
 def _store_of(population: str, namespace: str) -> str:

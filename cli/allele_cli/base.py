@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from allele.store import bases
-from allele_cli.residual import residual, split_uri
+from allele_cli.access import split_uri
+from allele_cli.residual import residual
 
 app = typer.Typer(help="Base models in the store.", no_args_is_help=True)
 app.command()(residual)

@@ -17,6 +17,7 @@ from allele.protocol.initialisation import InitSpec
 from allele.store import bases
 from allele.store.factors import FactorStore
 from allele.store.objects import Objects
+from allele_cli.access import split_uri
 from allele_cli.failure import Failure
 
 
@@ -95,11 +96,3 @@ def make(directory: Path, spec: AdapterSpec, *, store: Objects, name: str, dtype
 def _bar() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=Console(stderr=True))
-
-
-def split_uri(uri: str) -> tuple[Objects, str]:
-    """`<store>/bases/<name>` → the store and the name. Raises Failure for another form."""
-    store, found, name = uri.rpartition("/bases/")
-    if not found or not name or "/" in name:
-        raise Failure(f"base uri: expected <store>/bases/<name>, found {uri!r}")
-    return Objects.open(store), name
