@@ -15,6 +15,9 @@ STEPS = 5
 SAVED = 3
 """Steps after which rows are saved, for another layout to go on."""
 
+MAX_TOKENS = 120
+"""Of a micro-batch: two or three members each, so that ranks and parts of a sequence begin in the midst of one."""
+
 VOCAB = 97
 LAYERS = 2
 SPECS = {

@@ -40,12 +40,12 @@ def gradients(model: BaseModel) -> tuple[torch.Tensor, dict[str, float]]:
         references = None
         if penalises_rewards(LOSSES[member]):
             questions = [Sample(0, s.prompt, s.completion) for s in mine]
-            flat = torch.tensor(logprobs(model, None, questions, max_tokens=60)[0])
+            flat = torch.tensor(logprobs(model, None, questions, max_tokens=cohort.MAX_TOKENS)[0])
             references = [part.numpy() for part in flat.split([len(s.completion) for s in mine])]
         made = goals(mine, LOSSES[member], references=references)
         found += [Sample(slot, s.prompt, s.completion, g, s.pair) for s, g in zip(mine, made, strict=True)]
     losses = dict.fromkeys(MEMBERS, 0.0)
-    for batch in micro_batches(found, max_tokens=60):
+    for batch in micro_batches(found, max_tokens=cohort.MAX_TOKENS):
         for slot, sums in train(model, Banks([bank]), batch).items():
             losses[MEMBERS[slot]] += sums.loss
     gradient = torch.stack([bank.gradient(slot) for slot in range(len(MEMBERS))])

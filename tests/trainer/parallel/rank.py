@@ -73,7 +73,10 @@ class Cohort:
     def step(self, number: int, report: dict[str, dict[str, list[float]]]) -> None:
         """One step of every member: several micro-batches, then one update of each bank."""
         losses = dict.fromkeys(self.owners.values(), 0.0)
-        for batch in micro_batches(self.samples(number), max_tokens=60):
+        batches = micro_batches(self.samples(number), max_tokens=cohort.MAX_TOKENS)
+        assert len(batches) > 1 and all(len({s.owner for s in batch}) > 1 for batch in batches)
+        assert any(len({self.banks.slot(s.owner)[0] for s in batch}) > 1 for batch in batches)
+        for batch in batches:
             for owner, sums in train(self.model, self.banks, batch).items():
                 losses[owner] += sums.loss
         for trainee in self.trainees:
@@ -128,7 +131,7 @@ def run(layout: Layout, base: pathlib.Path, out: pathlib.Path, saved: Saved | No
         if number + 1 == cohort.SAVED:
             torch.save(rows, out / f"saved-{ranks.rank}.pt")
             torch.distributed.barrier()
-    found = logprobs(model, trained.banks, trained.samples(0), max_tokens=60)
+    found = logprobs(model, trained.banks, trained.samples(0), max_tokens=cohort.MAX_TOKENS)
     after = {member: found[owner] for member, owner in trained.owners.items()}
     torch.save({"rows": rows, "report": report, "logprobs": after}, out / f"{ranks.rank}.pt")
 
