@@ -155,9 +155,8 @@ def _squares(bank: Bank, updates: Sequence[Update], counted: Pieces) -> Tensor:
     ]
     if not parts:
         return torch.zeros(len(updates), dtype=torch.float64, device=bank.device)
-    owners = torch.arange(len(updates), device=bank.device).repeat_interleave(len(counted))
-    total = torch.zeros(len(updates), dtype=torch.float64, device=bank.device)
-    return total.index_add_(0, owners, torch.stack(torch._foreach_norm(parts)).double().square())
+    squares = torch.stack(torch._foreach_norm(parts)).double().square()
+    return squares if len(counted) == 1 else squares.view(len(updates), -1).sum(1)
 
 
 def _still(bank: Bank, updates: Sequence[Update], before: Mapping[int, Tensor], ranks: Ranks) -> set[int]:

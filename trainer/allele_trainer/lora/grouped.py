@@ -79,8 +79,7 @@ class _Single:
 
     @staticmethod
     def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
-        assert part.rows is not None
-        grad[part.rows.start].add_(torch.mm(gy.t(), x))
+        grad[part.rows[0]].add_(torch.mm(gy.t(), x))
 
 
 class _Grouped:
@@ -128,7 +127,7 @@ class _SlotBySlot:
 
     @staticmethod
     def add_outer(grad: Tensor, gy: Tensor, x: Tensor, part: Part) -> None:
-        for (_, begin, end), row in zip(part.spans, part.active.tolist(), strict=True):
+        for (_, begin, end), row in zip(part.spans, part.rows, strict=True):
             grad[row].add_(torch.mm(gy[begin:end].t(), x[begin:end]))
 
 
@@ -138,7 +137,7 @@ def _by_slot(x: Tensor, part: Part) -> Tensor:
 
 
 def _add(grad: Tensor, update: Tensor, part: Part) -> None:
-    if part.rows is not None:
-        grad[part.rows].add_(update)
+    if isinstance(part.active, slice):
+        grad[part.active].add_(update)
     else:
         grad.index_add_(0, part.active, update.to(grad.dtype))

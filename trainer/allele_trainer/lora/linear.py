@@ -32,9 +32,10 @@ class Outputs:
     """First column and number of columns."""
 
     def of(self, y: Tensor, stack: Stack) -> list[Tensor]:
-        """`[T, out]` → `[T, groups, outputs / groups]` of each target that the stack has, views."""
-        grouped = y.view(y.shape[0], self.groups, -1)
-        return [grouped.narrow(2, *self.columns[target]) for target in stack.block.targets]
+        """`[T, out]` → `[T, groups, outputs / groups]`, or `[T, outputs]` of one group, of each target that the stack has:
+        views."""
+        grouped = y if self.groups == 1 else y.view(y.shape[0], self.groups, -1)
+        return [grouped.narrow(-1, *self.columns[target]) for target in stack.block.targets]
 
 
 def outputs(linear: str, sizes: Sequence[int], *, groups: int = 1) -> Outputs:
@@ -202,7 +203,7 @@ class _Adapted(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = torch.zeros_like(flat) if ctx.weight is None else gy @ ctx.weight
         for gh, (part, stack) in zip(found, adapters.before, strict=True):
-            scaled = gh.mul(part.scale).to(gh.dtype)
+            scaled = gh.mul_(part.scale)
             add_outer(stack.a_grad, scaled, flat[part.begin : part.end], part)
             if gx is not None:
                 gx[part.begin : part.end].add_(transposed(scaled, stack.a, part))

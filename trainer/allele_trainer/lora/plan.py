@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -36,30 +37,64 @@ _RUN = 8
 class Part:
     """Tokens `begin..end` of a batch, ordered by slot, for the rows `first..last-1` of one bank.
 
-    `spans`: (slot, first token, end) of each slot with tokens, counted from `begin`. `offsets`: end of each group of
-    slots `first..last-1`, empty ones included, for reads that take a slice of the bank; `active_offsets`: end of each
-    group of slots with tokens, whose gradients are added to the rows `active` of G.
+    What only some kernels read is made when the first of them asks.
     """
 
     bank: Bank
     begin: int
-    end: int
     spans: tuple[tuple[int, int, int], ...]
-    first: int
-    last: int
-    offsets: Tensor
-    active_offsets: Tensor
-    active: Tensor
-    """Gradient row of each slot with tokens."""
-    rows: slice | None
-    """The same, when they follow each other."""
+    """(slot, first token, end) of each slot with tokens, counted from `begin`."""
+    rows: tuple[int, ...]
+    """Gradient row of each of them."""
     each: int | None
     """Tokens of every slot `first..last-1`, when they are equally many."""
-    scale: Tensor
-    """`[tokens, 1]`, the factor on B·A·x of each token's adapter."""
     versions: tuple[tuple[int, int], ...]
     """(slot, its version) when the plan was made, after `stores` stores."""
     stores: int
+
+    @functools.cached_property
+    def first(self) -> int:
+        return self.spans[0][0]
+
+    @functools.cached_property
+    def last(self) -> int:
+        return self.spans[-1][0] + 1
+
+    @functools.cached_property
+    def end(self) -> int:
+        return self.begin + self.spans[-1][2]
+
+    @functools.cached_property
+    def offsets(self) -> Tensor:
+        """End of each group of slots `first..last-1`, empty ones included: for reads that take a slice of the bank."""
+        return self._counts.cumsum(0, dtype=torch.int32).to(self.bank.device)
+
+    @functools.cached_property
+    def active_offsets(self) -> Tensor:
+        """End of each group of slots with tokens."""
+        return torch.tensor([end for _, _, end in self.spans], dtype=torch.int32).to(self.bank.device)
+
+    @functools.cached_property
+    def active(self) -> slice | Tensor:
+        """The gradient rows, to index G."""
+        rows = self.rows
+        if rows == tuple(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows))
+        return torch.tensor(rows).to(self.bank.device)
+
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        """`[tokens, 1]`, or `[1]` for all: the factor on B·A·x of each token's adapter."""
+        of_slots = self.bank.scale[self.first : self.last]
+        if len(self.spans) == 1:
+            return of_slots
+        return of_slots.repeat_interleave(self._counts.to(self.bank.device), output_size=self.spans[-1][2])[:, None]
+
+    @property
+    def _counts(self) -> Tensor:
+        """Tokens of each slot `first..last-1`."""
+        slots, begins, ends = torch.tensor(self.spans).unbind(1)
+        return torch.zeros(self.last - self.first, dtype=torch.int64).index_put((slots - self.first,), ends - begins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,28 +164,14 @@ def _each(counts: Counts) -> int | None:
 
 
 def _part(bank: Bank, counts: Counts, begin: int, *, gradients: bool) -> Part:
-    slots = [slot for slot, _ in counts]
-    first, last = slots[0], slots[-1] + 1
-    tokens = torch.zeros(last - first, dtype=torch.int64)
-    tokens[torch.tensor(slots) - first] = torch.tensor([n for _, n in counts])
-    ends = tokens.cumsum(0).to(torch.int32)
-    rows = [bank.gradient_row(slot) for slot in slots] if gradients else []
-    stops = list(itertools.accumulate(n for _, n in counts))
-    repeats = tokens.to(bank.device)
+    stops = itertools.accumulate(n for _, n in counts)
     return Part(
         bank=bank,
         begin=begin,
-        end=begin + stops[-1],
         spans=tuple((slot, stop - n, stop) for (slot, n), stop in zip(counts, stops, strict=True)),
-        first=first,
-        last=last,
-        offsets=ends.to(bank.device),
-        active_offsets=ends[torch.tensor(slots) - first].to(bank.device),
-        active=torch.tensor(rows, dtype=torch.int64).to(bank.device),
-        rows=slice(rows[0], rows[-1] + 1) if rows and rows == list(range(rows[0], rows[-1] + 1)) else None,
+        rows=tuple(bank.gradient_row(slot) for slot, _ in counts) if gradients else (),
         each=_each(counts),
-        scale=bank.scale[first:last].repeat_interleave(repeats, output_size=stops[-1])[:, None],
-        versions=tuple((slot, bank.versions[slot]) for slot in slots),
+        versions=tuple((slot, bank.versions[slot]) for slot, _ in counts),
         stores=bank.stores,
     )
 

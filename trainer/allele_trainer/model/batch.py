@@ -48,7 +48,7 @@ class PackedBatch(PackedSeqParams):
     """`[T]` position of each token in its sequence."""
     longest: int = 0
     rotary: tuple[Tensor, Tensor] = None  # type: ignore[assignment]
-    """Cosines and sines `[T, 1, head_dim / 2]` of the positions; set by the model."""
+    """Cosines and sines `[T, 1, 1, head_dim / 2]` of the positions; set by the model."""
     buckets: tuple[Bucket, ...] = ()
     scatter: Tensor = None  # type: ignore[assignment]
     """`[T]` row of each token in the concatenated bucket outputs; the row behind the last is zero."""

@@ -15,12 +15,8 @@ from allele_trainer.model.attention import PackedAttention
 from allele_trainer.model.config import BaseConfig, check_layout, read_config, transformer_config
 from allele_trainer.model.convert import load_base, padded_vocab
 from allele_trainer.model.experts import PackedMoELayer
-from allele_trainer.model.packed import (
-    PackedGPTModel,
-    PackedLayer,
-    PackedRMSNorm,
-    SwiGLU,
-)
+from allele_trainer.model.norm import PackedRMSNorm
+from allele_trainer.model.packed import PackedGPTModel, PackedLayer, SwiGLU
 from allele_trainer.model.run import BaseModel
 from allele_trainer.parallel import Ranks, initialise
 

@@ -30,10 +30,11 @@ class Distribution:
 
     def at(self, ids: Tensor, *, rows: Tensor | None = None) -> Tensor:
         """Log-probabilities of `ids` `[m]` or `[m, k]` under all n = m rows, or under `rows` `[m]`."""
+        normaliser = self.normaliser if rows is None else self.normaliser.index_select(0, rows)
         rows = torch.arange(ids.shape[0], device=ids.device) if rows is None else rows
-        wanted = self._logits_at(ids if ids.dim() == 2 else ids[:, None], rows)
-        found = wanted - self.normaliser.index_select(0, rows)[:, None]
-        return found.view(ids.shape)
+        if ids.dim() == 1:
+            return self._logits_at(ids, rows) - normaliser
+        return self._logits_at(ids, rows[:, None]) - normaliser[:, None]
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """The k most likely ids of each row (all, if the vocabulary has fewer) and their log-probabilities, without
@@ -50,14 +51,14 @@ class Distribution:
         return ids, values - self.normaliser.detach()[:, None]
 
     def _logits_at(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """`[m, k]`"""
+        """Of ids in rows that broadcast to them."""
         size = self.logits.shape[1]
         if self.group is None:
-            return self.logits.take(rows[:, None] * size + ids)
+            return self.logits.take(rows * size + ids)
         column = ids - self.first
         mine = (column >= 0) & (column < size)
         if size:
-            found = torch.where(mine, self.logits.take(rows[:, None] * size + torch.where(mine, column, 0)), 0)
+            found = torch.where(mine, self.logits.take(rows * size + torch.where(mine, column, 0)), 0)
         else:
             found = self.normaliser.new_zeros(ids.shape)
         total: Tensor = _Summed.apply(found, self.group)

@@ -1,4 +1,4 @@
-"""Megatron modules for packed sequences `[T, 1, h]`: norm, MLP, a layer with its batch, logits of wanted rows."""
+"""Megatron modules for packed sequences `[T, 1, h]`: MLP, a layer with its batch, logits of wanted rows."""
 
 from __future__ import annotations
 
@@ -14,39 +14,6 @@ from torch import Tensor, nn
 from allele_trainer.lora.plan import routed
 from allele_trainer.model.attention import Rotary
 from allele_trainer.model.batch import PackedBatch, running
-
-
-class PackedRMSNorm(nn.RMSNorm):
-    """Megatron's wrapper of torch's norm refuses sequence parallelism; this one marks its weight for it."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - torch does not declare it
-
-    def forward(self, x: Tensor) -> Tensor:
-        """On a CPU torch makes the norm of a dozen operations; on CUDA it has a kernel."""
-        if x.is_cuda:
-            return super().forward(x)
-        found: Tensor = _FrozenNorm.apply(x, self.weight, self.eps)
-        return found
-
-
-class _FrozenNorm(torch.autograd.Function):
-    """y = w·x·ρ with ρ = (mean x² + ε)^−½; back g' = w·g, gx = ρ·(g' − x·ρ²·mean(x·g')): arXiv:1910.07467."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale)
-        ctx.weight = weight
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, scale = ctx.saved_tensors
-        g = grads[0] * ctx.weight
-        mean = (x * g).mean(-1, keepdim=True).mul_(scale.square())
-        return g.sub_(x * mean).mul_(scale), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -106,16 +73,27 @@ class PackedGPTModel(GPTModel):
         if self.post_process:
             self.output_layer.sequence_parallel = False  # wanted rows are taken from the tokens of all tensor ranks
 
-    def forward(self, *args: Any, packed_seq_params: PackedBatch, **kwargs: Any) -> Tensor:
-        batch = packed_seq_params
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Logits `[R, vocab / tp]` on the last stage, hidden states `[T, 1, h]` before."""
         batch.rotary = self.rotary(batch.positions, batch.longest, self.config.params_dtype)
-        output: Tensor = super().forward(*args, packed_seq_params=batch, **kwargs)
-        return output
+        hidden = self.embedding(batch.tokens[None], None) if self.pre_process else self.decoder.input_tensor
+        if self.config.recompute_granularity:
+            hidden = self.decoder(hidden, None, packed_seq_params=batch)
+        else:
+            for layer in self.decoder.layers:
+                hidden, _ = layer(hidden, packed_seq_params=batch)
+            if self.post_process:
+                hidden = self.decoder.final_layernorm(hidden)
+        return self._logits(hidden, batch) if self.post_process else hidden
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedBatch, **kwargs: Any) -> Tensor:
-        if self.post_process:
-            if self.config.sequence_parallel:
-                # The head sums the gradients of tensor ranks itself: each takes its own tokens' part of that sum.
-                hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-            hidden_states = hidden_states.index_select(0, packed_seq_params.rows)
-        return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+    def _logits(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        if self.config.sequence_parallel:
+            # The head sums the gradients of tensor ranks itself: each takes its own tokens' part of that sum.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        wanted = hidden.index_select(0, batch.rows)
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        if self.config.tensor_model_parallel_size == 1:
+            return F.linear(wanted.squeeze(1), weight)
+        logits: Tensor = self.output_layer(wanted, weight=weight)[0]
+        return logits.squeeze(1)

@@ -135,10 +135,10 @@ class BaseModel:
         )
 
     def _forward(self, batch: PackedBatch) -> Tensor:
-        """Logits `[1, R, vocab / tp]` on the last stage, hidden states before."""
-        output: Tensor = self.gpt(batch.tokens[None], batch.positions[None], None, packed_seq_params=batch)
+        """Logits `[R, vocab / tp]` on the last stage, hidden states before."""
+        output: Tensor = self.gpt(batch)
         return output
 
     def _distribution(self, output: Tensor, targets: Tensor) -> Distribution:
         group = parallel_state.get_tensor_model_parallel_group() if self.ranks.layout.tp > 1 else None
-        return distribution(output.squeeze(0), rows=targets.numel(), vocab=self.config.vocab, group=group)
+        return distribution(output, rows=targets.numel(), vocab=self.config.vocab, group=group)

@@ -15,7 +15,7 @@ from allele_trainer.model.distribution import Distribution
 from allele_trainer.rl.goals import Goal
 from allele_trainer.rl.losses import LOSSES, Sequences, Teacher, Tokens
 from allele_trainer.rl.packing import Packed
-from allele_trainer.rl.sums import Sums, sums_of
+from allele_trainer.rl.sums import Columns, Sums, sums_of
 
 
 @dataclasses.dataclass
@@ -27,15 +27,15 @@ class _Alike:
     lengths: list[int] = dataclasses.field(default_factory=list)
     goals: list[Goal] = dataclasses.field(default_factory=list)
 
-    def rows(self) -> npt.NDArray[np.int64]:
-        """`[m]` places of their targets among all of the micro-batch."""
+    def places(self) -> npt.NDArray[np.int64]:
+        """`[m]` of their targets among all of the micro-batch."""
         lengths = np.array(self.lengths)
         ends = np.cumsum(lengths)
         return np.arange(ends[-1]) + np.repeat(np.array(self.starts) - (ends - lengths), lengths)
 
-    def spread(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """A value of each sample → `[m]`."""
-        return np.repeat(np.array(values, np.float64), self.lengths)
+    def weights(self) -> npt.NDArray[np.float32]:
+        """`[m]` what each token counts."""
+        return np.repeat(np.array([g.weight for g in self.goals], np.float32), self.lengths)
 
 
 def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tuple[Tensor, dict[int, Sums]]:
@@ -44,23 +44,26 @@ def objective(packed: Packed, targets: Tensor, distribution: Distribution) -> tu
     Losses are computed one after the other over the tokens of the members that have them: no number of one member
     meets that of another but in the last sum, whose parts have their own gradients.
     """
-    logprobs, entropy = distribution.at(targets), distribution.entropy
-    known = np.where(packed.unknown, 0.0, 1.0)
-    if packed.unknown.any():
+    logprobs, entropy, unknown = distribution.at(targets), distribution.entropy, packed.unknown
+    if unknown is not None:
         # Tokens that were routed otherwise than in the rollout count for nothing, in ratios of sequences neither.
-        logprobs = torch.where(torch.as_tensor(packed.unknown).to(targets.device), logprobs.detach(), logprobs)
+        logprobs = torch.where(torch.as_tensor(unknown).to(targets.device), logprobs.detach(), logprobs)
     by_loss = _by_loss(packed)
     values: list[Tensor] = []
     sums: dict[int, Sums] = {}
     for loss, some in by_loss.items():
-        places = some.rows()
-        rows = torch.as_tensor(places).to(targets.device) if len(by_loss) > 1 else None
+        places = some.places() if len(by_loss) > 1 else None
+        rows = None if places is None else torch.as_tensor(places).to(targets.device)
+        weights = some.weights()
+        if unknown is not None:
+            weights[unknown if places is None else unknown[places]] = 0
         tokens = _tokens(some, logprobs, distribution, rows)
         terms = LOSSES[loss.kind](tokens, loss)
-        weight = torch.as_tensor(some.spread([g.weight for g in some.goals]) * known[places]).to(logprobs)
-        owners = np.repeat(some.owners, some.lengths)
-        sums.update(sums_of(tokens, terms, weight=weight, entropy=_rows(entropy, rows), owners=owners))
-        values.append((terms.loss * weight).sum())
+        weight = torch.as_tensor(weights).to(targets.device)
+        weighted = terms.loss * weight
+        values.append(weighted.sum())
+        columns = Columns(weighted, weight, _rows(entropy, rows))
+        sums.update(sums_of(tokens, terms, columns, owners=some.owners, lengths=some.lengths))
     total = torch.stack(values).sum() if values else logprobs.sum()  # of the graph, also where there is no sample
     return total, sums
 
@@ -99,11 +102,9 @@ def _tokens(some: _Alike, logprobs: Tensor, distribution: Distribution, rows: Te
         ids = torch.as_tensor(np.concatenate([lesson.ids for lesson in lessons])).to(device)
         taught = torch.as_tensor(np.concatenate([lesson.logprobs for lesson in lessons])).to(device)
         teacher = Teacher(taught, distribution.at(ids, rows=rows), complete=ids.shape[1] == distribution.vocab)
-    lengths = torch.tensor(some.lengths)
-    index = torch.repeat_interleave(torch.arange(len(goals)), lengths).to(device)
     return Tokens(
         _rows(logprobs, rows),
-        Sequences(index, lengths.to(logprobs)),
+        Sequences(some.lengths, logprobs.dtype, device),
         rollout=joined([g.rollout for g in goals]),
         advantages=joined([g.advantages for g in goals]),
         reference=joined([g.reference for g in goals]),

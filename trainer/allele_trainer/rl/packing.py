@@ -73,8 +73,9 @@ class Packed:
     """In the order of their targets."""
     routing: npt.NDArray[np.int16] | None
     """`[layers, T, k]` experts, −1 where the router chooses; None when it chooses everywhere."""
-    unknown: npt.NDArray[np.bool_]
-    """`[n]` targets predicted from a token whose experts in the rollout are not known: their loss does not count."""
+    unknown: npt.NDArray[np.bool_] | None
+    """`[n]` targets predicted from a token whose experts in the rollout are not known: their loss does not count. None
+    where there is no such."""
 
 
 def width(length: int) -> int:
@@ -184,7 +185,7 @@ def pack(samples: Sequence[Sample]) -> Packed:
         owners=np.repeat(owners, answers),
         samples=tuple(samples),
         routing=_routing(samples, size),
-        unknown=np.fromiter(itertools.chain.from_iterable(_unknown(s) for s in samples), np.bool_),
+        unknown=_unknown(samples),
     )
 
 
@@ -201,12 +202,17 @@ def _routing(samples: Sequence[Sample], size: int) -> npt.NDArray[np.int16] | No
     return np.ascontiguousarray(np.concatenate([*parts, padding]).transpose(1, 0, 2))
 
 
-def _unknown(sample: Sample) -> Sequence[bool]:
+def _unknown(samples: Sequence[Sample]) -> npt.NDArray[np.bool_] | None:
     """Per completion token."""
-    if sample.experts is None:
-        return [False] * len(sample.completion)
-    chosen: npt.NDArray[np.int16] = sample.experts[-len(sample.completion) :].reshape(len(sample.completion), -1)
-    return [bool(lowest < 0) for lowest in chosen.min(axis=1)]
+    if all(s.experts is None for s in samples):
+        return None
+    parts = []
+    for sample in samples:
+        n = len(sample.completion)
+        lowest = np.zeros(n) if sample.experts is None else sample.experts[-n:].reshape(n, -1).min(axis=1)
+        parts.append(lowest < 0)
+    found = np.concatenate(parts)
+    return found if found.any() else None
 
 
 def _buckets(lengths: Ints, starts: Ints, size: int) -> tuple[tuple[AttentionBucket, ...], Ints]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,16 +59,28 @@ class Sums:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Of n tokens, `[n]` each: loss times weight, weight, entropy of the prediction."""
+
+    loss: Tensor
+    weight: Tensor
+    entropy: Tensor
+
+
 def sums_of(
-    tokens: Tokens, terms: Terms, *, weight: Tensor, entropy: Tensor, owners: npt.NDArray[np.int64]
+    tokens: Tokens, terms: Terms, columns: Columns, *, owners: Sequence[int], lengths: Sequence[int]
 ) -> dict[int, Sums]:
-    """By owner. `weight`, `entropy` `[n]`; `owners` `[n]`: owner of each token, those of a owner side by side."""
-    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    """By owner. `owners`, `lengths`: of the tokens' sequences, those of an owner side by side."""
+    counts: dict[int, int] = {}
+    for owner, length in zip(owners, lengths, strict=True):
+        counts[owner] = counts.get(owner, 0) + length
+    first = [0, *itertools.accumulate(counts.values())][:-1]
     gap = None if tokens.rollout is None else (tokens.logprobs.detach() - tokens.rollout).abs()
-    ranked = None if terms.ranked is None else terms.ranked * weight
-    columns = {
-        "loss": terms.loss.detach() * weight,
-        "entropy": entropy,
+    ranked = None if terms.ranked is None else terms.ranked * columns.weight
+    found = {
+        "loss": columns.loss,
+        "entropy": columns.entropy,
         "ratio": terms.ratio,
         "clipped": terms.clipped,
         "rejected": terms.rejected,
@@ -75,15 +88,14 @@ def sums_of(
         "ranked": ranked,
         "gap": gap,
     }
-    there = {name: values.detach().double() for name, values in columns.items() if values is not None}
+    there = {name: values.detach().float() for name, values in found.items() if values is not None}
     table = torch.stack(list(there.values())).cpu().numpy()  # one copy from the device
     totals = {
-        name: (np.maximum if name == "gap" else np.add).reduceat(row, first).tolist()
+        name: (np.maximum if name == "gap" else np.add).reduceat(row, first, dtype=np.float64).tolist()
         for name, row in zip(there, table, strict=True)
     }
-    counts = np.diff(first, append=owners.size).tolist()
     rows = zip(*totals.values(), strict=True)
     return {
         owner: Sums(tokens=n, **dict(zip(totals, row, strict=True)))
-        for owner, n, row in zip(owners[first].tolist(), counts, rows, strict=True)
+        for (owner, n), row in zip(counts.items(), rows, strict=True)
     }

@@ -78,6 +78,7 @@ class Executor:
         self._lock = threading.Lock()
         self._shares: Shares[Part] = Shares(max_tokens=trainer.limits.max_tokens, max_members=trainer.limits.wave)
         self._relay = Relay(trainer.ranks)
+        metrics.watch(trainer, runs=lambda: len(sessions.epochs))
         self._cost = CostModel(max_tokens=trainer.limits.max_tokens, padded_to=PAD)
         self._passes: dict[str, _Pass] = {}
         self._apart: set[str] = set()
@@ -155,7 +156,6 @@ class Executor:
             self._execute(arrival)
         if self._shares:
             self._micro_batch_of(self._shares.next())
-        self._metrics.observe(self._trainer, runs=len(self._sessions.epochs))
 
     def _arrived(self) -> list[Arrival | None]:
         """What has come since; waits for something when there is nothing else to do."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -33,38 +35,34 @@ class Metrics:
         self.waiting = Gauge(
             "allele_trainer_waiting_commands", "Commands received and not yet answered.", registry=self.registry
         )
-        self.slots = Gauge("allele_trainer_slots", "Bank slots of each adapter shape.", registry=self.registry)
-        self.used = Gauge(
-            "allele_trainer_slots_used", "Slots that hold an adapter, all shapes together.", registry=self.registry
-        )
-        self.runs = Gauge("allele_trainer_runs", "Runs that have reset this incarnation.", registry=self.registry)
         self.micro_batches = Counter(
             "allele_trainer_micro_batches",
             "Micro-batches trained, shared by several runs or of one run's own.",
             ["company"],
             registry=self.registry,
         )
-        self.rows = Gauge(
+
+    def watch(self, trainer: Trainer, *, runs: Callable[[], int]) -> None:
+        """Gauges of what there is: asked when they are read, by another thread than the one that changes it."""
+
+        def gauge(name: str, documentation: str, ask: Callable[[], float]) -> None:
+            Gauge(name, documentation, registry=self.registry).set_function(ask)
+
+        gauge("allele_trainer_slots", "Bank slots of each adapter shape.", lambda: trainer.limits.slots)
+        gauge(
+            "allele_trainer_slots_used",
+            "Slots that hold an adapter, all shapes together.",
+            lambda: trainer.used,
+        )
+        gauge("allele_trainer_runs", "Runs that have reset this incarnation.", runs)
+        gauge("allele_trainer_bank_bytes", "Device memory of the rows of all banks.", lambda: trainer.bank_bytes)
+        gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", lambda: trainer.host.used)
+        moved = Gauge(
             "allele_trainer_rows_moved",
             "Rows since the start that were loaded into slots, written_back from them, left_clean, dropped from host "
             "memory (they can be read again) or spilled from it to the store.",
             ["how"],
             registry=self.registry,
         )
-        self.bank = Gauge(
-            "allele_trainer_bank_bytes", "Device memory of the rows of all banks.", registry=self.registry
-        )
-        self._moved: dict[str, int] = {}
-        self.host = Gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", registry=self.registry)
-
-    def observe(self, trainer: Trainer, *, runs: int) -> None:
-        """Bring the gauges up to date."""
-        self.slots.set(trainer.limits.slots)
-        self.used.set(trainer.used)
-        self.runs.set(runs)
-        self.bank.set(trainer.bank_bytes)
-        self.host.set(trainer.host.used)
-        for how, count in trainer.moved().items():
-            if self._moved.get(how) != count:  # seldom: asked after every micro-batch
-                self._moved[how] = count
-                self.rows.labels(how).set(count)
+        for how in trainer.moved():
+            moved.labels(how).set_function(functools.partial(lambda each: trainer.moved()[each], how))

@@ -86,16 +86,16 @@ class Trainer:
 
     @property
     def used(self) -> int:
-        return sum(t.used for t in self._tables.values())
+        return sum(t.used for t in list(self._tables.values()))
 
     @property
     def bank_bytes(self) -> int:
         """Device memory of all rows."""
-        return sum(t.bank.nbytes for t in self._tables.values())
+        return sum(t.bank.nbytes for t in list(self._tables.values()))
 
     def moved(self) -> dict[str, int]:
         """Rows so far, by what happened to them."""
-        tables = self._tables.values()
+        tables = list(self._tables.values())
         return {
             "loaded": sum(t.loaded for t in tables),
             "written_back": sum(t.written_back for t in tables),

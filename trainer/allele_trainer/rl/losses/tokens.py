@@ -8,6 +8,8 @@ vector's tail as its middle may be used: exp, log, log1p; torch.sigmoid, for one
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +22,23 @@ LOG_RATIO_BOUND = 20.0
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """n tokens in s sequences, those of a sequence side by side."""
+    """n tokens in s sequences of `counts` tokens, those of a sequence side by side; losses of single tokens do not ask
+    for more than that."""
 
-    index: Tensor
-    """`[n]` sequence of each token, ascending from 0."""
-    lengths: Tensor
-    """`[s]` tokens of each sequence, in the dtype of the logprobs."""
+    counts: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """`[n]` sequence of each token, ascending from 0."""
+        counts = torch.tensor(self.counts)
+        return torch.arange(counts.numel()).repeat_interleave(counts).to(self.device)
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """`[s]` tokens of each sequence, in the dtype of the logprobs."""
+        return torch.tensor(self.counts, dtype=self.dtype).to(self.device)
 
     def sums(self, values: Tensor) -> Tensor:
         """`[n]` → `[s]`"""
