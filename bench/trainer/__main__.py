@@ -33,6 +33,8 @@ MEMBERS = (1, 4, 16, 64, 256, 1024)
 TOKENS = (8, 32, 128, 512)
 SMALL = ("h64", "h128", "h256")
 RIVALS = (Sequential, Swapping, Loop, Stacking)
+ENOUGH = 5.0
+"""Seconds of all contenders together after which no round is added to those asked for."""
 
 EXAMPLE = """example:
   python -m bench.trainer --models h64 --members 64,256 --tokens 8,32 --rounds 5"""
@@ -55,7 +57,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--most-tokens", type=int, default=16384, help="leave out steps with more tokens in all (default: 16384)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each contender; the best counts (default: 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="steps of each contender, at least; the best counts (default: 3)"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench"), help="folder of the JSON")
     return parser
 
@@ -114,13 +118,17 @@ def _compare(report: Report, model: BaseModel, work: Workload, *, base: pathlib.
 
 
 def _best(contenders: list[Contender], rounds: int) -> dict[str, float]:
-    """Processor seconds of a step of all members; the first round of each only warms up."""
+    """Processor seconds of a step of all members; the first round of each only warms up. Short steps take more rounds:
+    the best of a few is chance."""
     best = dict.fromkeys((each.name for each in contenders), float("inf"))
-    for number in range(rounds + 1):
+    number, spent = 0, 0.0
+    while number <= rounds or spent < ENOUGH:
         for each in contenders:
-            seconds = _seconds(each.ready()) * each.scale
+            seconds = _seconds(each.ready())
+            spent += seconds
             if number:
-                best[each.name] = min(best[each.name], seconds)
+                best[each.name] = min(best[each.name], seconds * each.scale)
+        number += 1
     return best
 
 

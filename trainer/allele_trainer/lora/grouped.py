@@ -56,13 +56,13 @@ class _Kernel(Protocol):
 
 def _kernel(x: Tensor, weight: Tensor, part: Part) -> type[_Kernel]:
     """Rows of a bank start at multiples of 64 bytes: whether a kernel takes its views is up to their own sizes."""
+    if len(part.spans) == 1:
+        return _Single
     _, out, into = weight.shape
     on_cuda, dtype = x.is_cuda, x.dtype
     unit = 16 // dtype.itemsize
     if out % unit or into % unit or weight.storage_offset() % unit or (on_cuda and dtype != torch.bfloat16):
         return _SlotBySlot
-    if len(part.spans) == 1:
-        return _Single
     if part.each and part.each * out * into >= _TINY and not on_cuda and dtype == torch.float32:
         return _Batched
     return _Grouped

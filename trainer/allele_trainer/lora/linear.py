@@ -32,8 +32,8 @@ class Outputs:
     """First column and number of columns."""
 
     def of(self, y: Tensor, stack: Stack) -> list[Tensor]:
-        """`[T, out]` → `[T, groups, outputs / groups]`, or `[T, outputs]` of one group, of each target that the stack has:
-        views."""
+        """`[T, out]` → `[T, groups, outputs / groups]` of each target that the stack has, or `[T, outputs]` where there
+        is one group: views."""
         grouped = y if self.groups == 1 else y.view(y.shape[0], self.groups, -1)
         return [grouped.narrow(-1, *self.columns[target]) for target in stack.block.targets]
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def normalised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y = w·x·ρ with ρ = (mean x² + ε)^−½ over the last dimension, and ρ; `weight` `[d]` or as many as x has of them."""
+    """y = w·x·ρ with ρ = (mean x² + ε)^−½ over the last dimension d, and ρ; `weight` `[…, d]`."""
     size = x.shape[-1]
     if x.is_cuda:
         y, scale = torch.ops.aten._fused_rms_norm(x, [size], None, eps)
         return y.mul_(weight), scale
-    scale = (x * x).sum(-1, keepdim=True).div_(size).add_(eps).rsqrt_()
+    scale = (x * x).sum(-1, keepdim=True).mul_(1 / size).add_(eps).rsqrt_()
     return (x * scale).mul_(weight), scale
 
 
@@ -28,7 +28,7 @@ def normalised_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tens
     if x.is_cuda:
         found: Tensor = torch.ops.aten._fused_rms_norm_backward(g, x, [size], scale, None, [True, False])[0]
         return found
-    mean = (x * g).sum(-1, keepdim=True).div_(size).mul_(scale.square())
+    mean = (x * g).sum(-1, keepdim=True).mul_(1 / size).mul_(scale.square())
     return g.sub_(x * mean).mul_(scale)
 
 
