@@ -16,10 +16,10 @@ from allele.store import Objects, PopulationStore, bases
 from allele_trainer.bank.host import free_memory
 from allele_trainer.initialisation.initialiser import Initialiser
 from allele_trainer.model.build import BaseModel, build
-from allele_trainer.parallel import Layout, initialise
+from allele_trainer.parallel import Layout, initialise, local_ranks
 from allele_trainer.server import logs
 from allele_trainer.server.app import Server
-from allele_trainer.server.capacity import Capacity, NoRoom, probe, waves_of
+from allele_trainer.server.capacity import Capacity, probe, waves_of
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.store import RunFactors, RunStore
 from allele_trainer.server.trainer import Limits, Trainer
@@ -88,14 +88,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def limits_of(args: argparse.Namespace, model: BaseModel) -> Limits:
     """Slots as given or as found, the same on every rank; raises NoRoom when none fit."""
-    if args.slots == AUTO and model.ranks.size > 1:
-        raise NoRoom(f"--slots auto: expected one rank, found {model.ranks.size}: give a number for several")
     if args.slots == AUTO:
         found = probe(model, max_rank=args.max_rank, max_tokens=args.max_tokens)
         log.info("slots", extra={"slots": found.slots, "wave": found.wave, "reason": found.reason})
     else:
         found = Capacity(args.slots, waves_of(args.slots, model.device), "given")
-    host_memory = args.host_memory or free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host_memory = args.host_memory or free_memory() // 2 // local_ranks()
     return Limits(
         slots=found.slots,
         wave=min(args.wave or found.wave, found.slots),

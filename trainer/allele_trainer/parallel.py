@@ -164,6 +164,11 @@ class Ranks:
         return list(received.split(counts))
 
 
+def local_ranks() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def initialise(layout: Layout | None = None) -> Ranks:
     """Join the other ranks (torchrun's environment) or be the only one; again, with the same sizes, it changes nothing.
 

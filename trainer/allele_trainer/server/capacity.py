@@ -5,6 +5,10 @@ what is free. Then that bank is allocated in full and stepped; while that fails,
 failing is an out-of-memory error of the device. On a CPU memory is refused by nobody until the process is killed, so
 there it is the process's own growth over its part: half of what is free, because rows that are in no slot need host
 memory as well.
+
+Several ranks have as many slots as the one with the least room. A step is theirs together, and one that runs out of
+memory in the middle of it leaves the others waiting: so each first allocates what the step took beside the rows before,
+and only when all could do they make it.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from allele_trainer.bank.shard import Shard
 from allele_trainer.bank.start import initial
 from allele_trainer.bank.step import Update, step
 from allele_trainer.model.build import BaseModel
+from allele_trainer.parallel import Ranks, local_ranks
 from allele_trainer.rl.goals import Goal
 from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import train
@@ -70,27 +75,28 @@ def probe(model: BaseModel, *, max_rank: int, max_tokens: int) -> Capacity:
     except torch.cuda.OutOfMemoryError as e:
         raise NoRoom(f"slots auto: expected room for one adapter of rank {max_rank}: {e}") from e
     each = one.bytes_of(2) - one.bytes_of(1)
-    guess = min(MOST, (limit - beside) // each)
-    slots = guess
-    while slots >= 1:
-        try:
-            if one.run(slots, meter) + one.bytes_of(slots) <= limit:
-                break
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
+    slots = _least(model.ranks, max(0, min(MOST, (limit - beside) // each)))
+    while slots >= 1 and not one.fits(slots, meter, beside=beside, limit=limit):
         slots -= max(1, slots // 8)
+    part = f"{PART[model.device.type]:.0%} of what was free" + (" on one of the ranks" if model.ranks.size > 1 else "")
+    room = f"{_size(_least(model.ranks, limit))} ({part})"
     if slots < 1:
         raise NoRoom(
             f"slots auto: expected {_size(each)} for an adapter of rank {max_rank} and {_size(beside)} for a step of "
-            f"{max_tokens} tokens, found {_size(limit)}: lower --max-rank or --max-tokens"
+            f"{max_tokens} tokens, found {room}: lower --max-rank or --max-tokens"
         )
     wave = waves_of(slots, model.device)
     why = "the most that auto makes" if slots == MOST else "the most that fit"
     reason = (
         f"auto: {slots} slots, {why}: {_size(each)} each at rank {max_rank} and {_size(beside)} for a step of "
-        f"{max_tokens} tokens, of {_size(limit)} ({PART[model.device.type]:.0%} of what was free); {wave} at a time"
+        f"{max_tokens} tokens, of {room}; {wave} at a time"
     )
     return Capacity(slots, wave, reason)
+
+
+def _least(ranks: Ranks, value: int) -> int:
+    """Of all ranks."""
+    return min(int(data) for data in ranks.gather(str(value).encode()))
 
 
 class _Try:
@@ -111,6 +117,30 @@ class _Try:
         """Device memory of the rows of a bank."""
         wave = waves_of(slots, self._model.device)
         return bank_bytes(self._shard.numel, slots=slots, probes=0, gradients=wave, dtype=self._model.dtype)
+
+    def fits(self, slots: int, meter: _Meter, *, beside: int, limit: int) -> bool:
+        """Whether every rank has room for the rows, and for a step that takes about as much `beside` them."""
+        ranks = self._model.ranks
+        if ranks.size > 1 and not _least(ranks, int(self._allocates(slots, beside))):
+            return False
+        try:
+            taken = self.run(slots, meter) + self.bytes_of(slots)
+        except torch.cuda.OutOfMemoryError:
+            if ranks.size > 1:
+                raise  # the others are in the step: the process ends, and they with it
+            torch.cuda.empty_cache()
+            return False
+        return bool(_least(ranks, int(taken <= limit)))
+
+    def _allocates(self, slots: int, beside: int) -> bool:
+        try:
+            _ = self._bank(slots), torch.empty(beside, dtype=torch.uint8, device=self._model.device)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            if self._model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return True
 
     def run(self, slots: int, meter: _Meter) -> int:
         """Bytes that a step took beside the rows. Raises OutOfMemoryError on a device that has no more."""
@@ -157,7 +187,8 @@ class _Meter:
         self._before = 0
 
     def free(self) -> int:
-        return int(torch.cuda.mem_get_info()[0]) if self._cuda else free_memory()
+        """For this rank: a device is its own, host memory that of all ranks on the machine."""
+        return int(torch.cuda.mem_get_info()[0]) if self._cuda else free_memory() // local_ranks()
 
     def begin(self) -> None:
         if self._cuda:
