@@ -14,6 +14,7 @@ and only when all could do they make it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import pathlib
@@ -195,6 +196,8 @@ class _Meter:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
+        with contextlib.suppress(OSError, AttributeError):  # freed by the try before; other libraries keep less
+            ctypes.CDLL(None).malloc_trim(0)
         with contextlib.suppress(OSError):  # where that is not allowed, the peak is that of the process's life
             pathlib.Path("/proc/self/clear_refs").write_text("5")
         self._before = self._before or _process("VmRSS")
