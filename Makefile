@@ -46,6 +46,10 @@ test: images ## All tests but gpu: unit, integration, end to end
 test-fast: env ## Tests of the inner loop, under a minute
 	$(PY) -m pytest -m "not cluster and not engine and not slow and not gpu"
 
+.PHONY: test-gpu
+test-gpu: env ## Tests of what only a GPU runs
+	$(PY) -m pytest -m gpu
+
 .PHONY: bench-trainer
 bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on a GPU; ARGS="--help" tells; 15 minutes)
 	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)

@@ -23,6 +23,12 @@ SLOW = (
 """Files below tests/ that are left to `make test`."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests marked gpu compute on one: the others hold for the bits of a CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that takes a fixture of NEEDS, directly or not, gets its marker; so do SLOW files and S3 variants."""
     for item in items:
