@@ -23,6 +23,7 @@ from allele.store import delta
 from allele.store import facts as rows
 from allele.store.errors import ObjectNotFound, StoreUnavailable
 from allele.store.facts import Fact
+from allele.store.history import History
 from allele.store.objects import Objects
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ _COMPACTION = "compaction"
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """Facts up to `version`, in commit order when they were tailed; iterate it."""
+    """Facts up to `version`: those since another one in the order of commits, or all of them; iterate it."""
 
     version: int
-    facts: Sequence[Fact]
+    facts: Sequence[Fact] = ()
+    whole: History | None = None
+    """All facts there are, where they are not those since."""
 
     def __iter__(self) -> Iterator[Fact]:
-        return iter(self.facts)
+        return iter(self.facts) if self.whole is None else self.whole.facts()
 
     def __len__(self) -> int:
-        return len(self.facts)
+        return len(self.facts) if self.whole is None else len(self.whole)
 
 
 class Catalogue:
@@ -91,7 +94,8 @@ class Catalogue:
     def facts(self, since_version: int | None = None) -> Changes:
         """All facts, or only those of commits after a version that an earlier call returned.
 
-        Raises StoreUnavailable; a failed call has no effect and may be repeated.
+        All of them, too, when files of those commits are collected: the reader has slept for longer than the grace
+        period. Raises StoreUnavailable; a failed call has no effect and may be repeated.
         """
         if since_version is None or since_version < 0:
             return self._all_facts()
@@ -99,7 +103,11 @@ class Catalogue:
         while (entry := self._log_entry(version + 1)) is not None:
             version += 1
             paths += delta.added_with_data(entry)
-        return Changes(version, tuple(rows.from_arrow(delta.read(self._objects, paths, rows.SCHEMA))))
+        try:
+            found = delta.read(self._objects, paths, rows.SCHEMA)
+        except ObjectNotFound:
+            return self._all_facts()
+        return Changes(version, tuple(rows.from_arrow(found)))
 
     def table(self) -> pa.Table:
         """All facts as Arrow, unordered."""
@@ -158,8 +166,7 @@ class Catalogue:
 
     def _all_facts(self) -> Changes:
         version, files = self._live()
-        found = delta.read(self._objects, [f.path for f in files], rows.SCHEMA)
-        return Changes(version, tuple(sorted(rows.from_arrow(found), key=lambda f: f.order)))
+        return Changes(version, whole=History(delta.read(self._objects, [f.path for f in files], rows.SCHEMA)))
 
     def _log_entry(self, version: int) -> bytes | None:
         with contextlib.suppress(ObjectNotFound):

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 from ulid import ULID
 
@@ -53,11 +53,16 @@ def stage(objects: Objects, rows: pa.Table) -> LiveFile:
 
 
 def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Rows of files of the table, whether live or since compacted away."""
+    """Rows of files of the table, whether live or since compacted away; columns that a file has not are null."""
 
     def one(path: str) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(objects.get(path))) as file:
-            return file.read(schema.names, use_threads=False).cast(schema)
+            there = set(file.schema_arrow.names)
+            found = file.read([name for name in schema.names if name in there], use_threads=False)
+        for field in schema:
+            if field.name not in there:
+                found = found.append_column(field, pa.nulls(found.num_rows, field.type))
+        return found.select(schema.names).cast(schema)
 
     if not paths:
         return schema.empty_table()
@@ -69,6 +74,14 @@ def added_with_data(entry: bytes) -> list[str]:
     """Paths of the files that one entry of the Delta log adds with new rows."""
     actions = (json.loads(line).get("add") for line in entry.splitlines() if line.strip())
     return [unquote(a["path"]) for a in actions if a is not None and a["dataChange"]]
+
+
+def add_columns(table: DeltaTable, schema: pa.Schema) -> None:
+    """Make the table's schema know columns that it was made without. Raises DeltaError when another writer is first."""
+    known = {field.name for field in table.schema().fields}
+    missing = [field for field in schema if field.name not in known]
+    if missing:
+        table.alter.add_columns(list(Schema.from_arrow(pa.schema(missing)).fields))
 
 
 def commit(table: DeltaTable, transactions: Sequence[tuple[str, int]], add: LiveFile | None = None) -> None:

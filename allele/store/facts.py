@@ -134,7 +134,10 @@ SCHEMA = pa.schema(
         pa.field("time", pa.timestamp("us", "UTC")),
     ]
 )
-"""Columns of the catalogue."""
+"""Columns of the catalogue. The table outlives versions of this code, so columns are only ever added, at the end and
+nullable, never renamed, retyped or removed; so are kinds of facts. A reader takes a column that a file has not for
+null, and leaves out columns and kinds that it does not know; a writer adds the columns that the table has not when it
+starts."""
 
 
 def to_arrow(facts: Iterable[Fact]) -> pa.Table:
@@ -149,10 +152,14 @@ def from_arrow(table: pa.Table) -> Iterator[Fact]:
     for batch in table.select(SCHEMA.names).to_batches(max_chunksize=16_384):
         columns = [batch.column(i).to_pylist() for i in range(len(SCHEMA))]
         for row in zip(*columns, strict=True):
-            values = dict(zip(SCHEMA.names, row, strict=True))
-            values["metrics"] = dict(values["metrics"] or ())
-            values["probe"] = None if values["probe"] is None else tuple(values["probe"])
-            yield Fact(**values)
+            yield from_row(dict(zip(SCHEMA.names, row, strict=True)))
+
+
+def from_row(values: dict[str, Any]) -> Fact:
+    """The inverse of a row of `to_arrow`."""
+    values["metrics"] = dict(values["metrics"] or ())
+    values["probe"] = None if values["probe"] is None else tuple(values["probe"])
+    return Fact(**values)
 
 
 def check(facts: Iterable[Fact]) -> None:

@@ -2,27 +2,124 @@
 
 All answers follow from facts in the order of `Fact.order`, not from the order of arrival, so two replicas that have
 seen the same facts answer the same. Facts that it has already applied change nothing.
+
+What the catalogue held at load stays in columns; what came since is held by member, until it is enough to be worth
+columns of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, KeysView
+import functools
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+import pyarrow as pa
 
 from allele.store.catalogue import Catalogue, Changes
-from allele.store.facts import Fact
+from allele.store.facts import Fact, to_arrow
+from allele.store.history import History, compact
+
+FOLD_AFTER = 100_000
+"""Facts since the load, and at least a quarter of those at it, that are worth columns."""
+
+_BUILT = 4096
+"""Members without news that are remembered as they were built from columns."""
+
+Entry = Fact | int
+"""A fact, or the place of one in the history."""
 
 
 @dataclasses.dataclass(slots=True)
 class _Member:
-    """The facts of a member that still count; sets are made when first needed, as most members need none."""
+    """The facts of a member that still count: `committed` and `exposed` by revision, in the order in which they count."""
 
-    committed: dict[int, Fact] = dataclasses.field(default_factory=dict)
-    exposed: Fact | None = None
-    held: Fact | None = None
-    abandoned: set[int] | None = None
-    pinned: set[int] | None = None
-    retired: set[int] | None = None
+    committed: dict[int, Entry] = dataclasses.field(default_factory=dict)
+    exposed: dict[int, Entry] = dataclasses.field(default_factory=dict)
+    held: Entry | None = None
+    abandoned: set[int] = dataclasses.field(default_factory=set)
+    pinned: set[int] = dataclasses.field(default_factory=set)
+    retired: set[int] = dataclasses.field(default_factory=set)
+
+
+class _Known:
+    """Everything that an index knows at one moment; replaced whole when facts become columns."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.recent: list[Fact] = []
+        self.changed: dict[str, _Member] = {}
+        """Members with recent facts."""
+        self._built = functools.lru_cache(_BUILT)(self._build)
+
+    def member(self, name: str) -> _Member | None:
+        known = self.changed.get(name)
+        if known is None and name in self.history.members:
+            known = self._built(name)
+        return known
+
+    def fact(self, entry: Entry) -> Fact:
+        return entry if isinstance(entry, Fact) else self.history.fact(entry)
+
+    def apply(self, fact: Fact) -> None:
+        known = self.changed.get(fact.member)
+        if known is None:
+            known = self.changed[fact.member] = self._build(fact.member)
+        self.recent.append(fact)
+        if fact.kind == "Held":
+            if known.held is None or self._order(known.held) <= fact.order:
+                known.held = fact
+            return
+        if fact.revision is None:
+            return  # of a kind that a later version knows
+        match fact.kind:
+            case "Committed":
+                known.committed = self._with(known.committed, fact.revision, fact)
+            case "Exposed":
+                known.exposed = self._with(known.exposed, fact.revision, fact)
+            case "Abandoned":
+                known.abandoned = known.abandoned | {fact.revision}
+            case "Pinned":
+                known.pinned = known.pinned | {fact.revision}
+            case "Retired":
+                known.retired = known.retired | {fact.revision}
+
+    def folded(self) -> _Known:
+        """The same, all of it in columns."""
+        return _Known(History(pa.concat_tables([self.history.table, compact(to_arrow(self.recent))])))
+
+    def _build(self, name: str) -> _Member:
+        found = _Member()
+        for kind, revision, place in self.history.of(name):
+            match kind:
+                case "Committed":
+                    found.committed.pop(revision, None)
+                    found.committed[revision] = place
+                case "Exposed":
+                    found.exposed.pop(revision, None)
+                    found.exposed[revision] = place
+                case "Held":
+                    found.held = place
+                case "Abandoned":
+                    found.abandoned.add(revision)
+                case "Pinned":
+                    found.pinned.add(revision)
+                case "Retired":
+                    found.retired.add(revision)
+        return found
+
+    def _with(self, entries: dict[int, Entry], revision: int, fact: Fact) -> dict[int, Entry]:
+        known = entries.get(revision)
+        if known is not None and self._order(known) > fact.order:
+            return entries
+        found = {r: e for r, e in entries.items() if r != revision}
+        last = next(reversed(found.values()), None)
+        found[revision] = fact
+        if last is None or self._order(last) <= fact.order:
+            return found
+        return dict(sorted(found.items(), key=lambda item: self._order(item[1])))
+
+    def _order(self, entry: Entry) -> tuple[object, ...]:
+        return self.fact(entry).order
 
 
 class Index:
@@ -30,7 +127,8 @@ class Index:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._members: dict[str, _Member] = {}
+        self._known = _Known(History.empty())
+        self._served: tuple[int, Sequence[str]] = -1, ()
         self.version = -1
         """Catalogue version up to which facts are applied; -1 before the first."""
 
@@ -51,21 +149,30 @@ class Index:
         return self._catalogue.facts(None if self.version < 0 else self.version)
 
     def apply(self, changes: Changes) -> None:
-        for fact in changes:
-            self._apply(fact)
+        if changes.whole is not None:
+            if changes.version >= self.version:
+                self._known = _Known(changes.whole)
+        else:
+            for fact in changes:
+                self._known.apply(fact)
+            if len(self._known.recent) >= max(FOLD_AFTER, len(self._known.history) // 4):
+                self._known = self._known.folded()
         self.version = max(self.version, changes.version)
 
     def __contains__(self, member: str) -> bool:
-        return member in self._members
+        return member in self._known.history.members or member in self._known.changed
 
-    def members(self) -> KeysView[str]:
+    def members(self) -> Set[str]:
         """Names of members with any fact."""
-        return self._members.keys()
+        known = self._known
+        return known.history.members.keys() | known.changed.keys() if known.changed else known.history.members.keys()
 
     def get(self, member: str, revision: int) -> Fact | None:
         """The Committed fact of a revision, abandoned and retired ones too."""
-        known = self._members.get(member)
-        return known.committed.get(revision) if known else None
+        known = self._known
+        found = known.member(member)
+        entry = found.committed.get(revision) if found else None
+        return None if entry is None else known.fact(entry)
 
     def newest(self, member: str) -> Fact | None:
         """The highest committed revision that is neither abandoned nor retired."""
@@ -73,22 +180,39 @@ class Index:
 
     def exposed(self, member: str) -> Fact | None:
         """The Committed fact of the revision to serve: the held one while there is a hold, else the last exposed."""
-        known = self._members.get(member)
-        if known is None:
-            return None
-        chosen = self.hold(member) or known.exposed
-        return known.committed.get(chosen.revision) if chosen is not None and chosen.revision is not None else None
+        hold = self.hold(member)
+        if hold is not None and hold.revision is not None:
+            return self.get(member, hold.revision)
+        last = self.exposures(member)[:1]
+        return self.get(member, last[0]) if last else None
+
+    def exposures(self, member: str) -> list[int]:
+        """Revisions that were exposed, the last one first."""
+        found = self._known.member(member)
+        return list(reversed(found.exposed)) if found else []
+
+    def exposed_members(self) -> Sequence[str]:
+        """Members with something to serve, by name."""
+        version, found = self._served
+        if version != self.version:
+            version, known = self.version, self._known
+            doubtful = known.history.with_kind("Held") | known.changed.keys()
+            served = known.history.with_kind("Exposed") - doubtful
+            found = sorted(served | {m for m in doubtful if self.exposed(m) is not None})
+            self._served = version, found
+        return found
 
     def hold(self, member: str) -> Fact | None:
         """The Held fact in force: nothing else may be exposed until it is lifted."""
-        known = self._members.get(member)
-        held = known.held if known else None
+        known = self._known
+        found = known.member(member)
+        held = None if found is None or found.held is None else known.fact(found.held)
         return held if held is not None and held.revision is not None else None
 
     def next_revision(self, member: str) -> int:
         """Revision numbers start at 1 and are never used again, not even those of abandoned revisions."""
-        known = self._members.get(member)
-        return max(known.committed, default=0) + 1 if known else 1
+        found = self._known.member(member)
+        return max(found.committed, default=0) + 1 if found else 1
 
     def lineage(self, member: str) -> list[Fact]:
         """The newest revision, its parent, and so on to the first."""
@@ -98,6 +222,16 @@ class Index:
             chain.append(at)
             at = self.get(member, at.parent) if at.parent is not None else None
         return chain
+
+    def of_run(self, run: str) -> list[Fact]:
+        """Facts that a run committed, in order."""
+        known = self._known
+        return [*known.history.facts(run=run), *(f for f in known.recent if f.run == run)]
+
+    def with_digest(self, digest: str) -> list[Fact]:
+        """Committed facts of these bytes, of whatever member."""
+        known = self._known
+        return [*known.history.with_digest(digest), *(f for f in known.recent if f.digest == digest)]
 
     def resume_point(self, members: Iterable[str], *, run: str | None = None) -> dict[str, Fact]:
         """Per member the newest standing revision with state (of `run`, when given); members with none are left out."""
@@ -110,47 +244,24 @@ class Index:
         return points
 
     def is_pinned(self, member: str, revision: int) -> bool:
-        known = self._members.get(member)
-        return known is not None and revision in (known.pinned or ())
+        found = self._known.member(member)
+        return found is not None and revision in found.pinned
 
     def is_abandoned(self, member: str, revision: int) -> bool:
-        known = self._members.get(member)
-        return known is not None and revision in (known.abandoned or ())
+        found = self._known.member(member)
+        return found is not None and revision in found.abandoned
 
     def is_retired(self, member: str, revision: int) -> bool:
-        known = self._members.get(member)
-        return known is not None and revision in (known.retired or ())
+        found = self._known.member(member)
+        return found is not None and revision in found.retired
 
     def _standing(self, member: str) -> Iterator[Fact]:
         """Committed facts from the highest revision down, without abandoned and retired ones."""
-        known = self._members.get(member)
-        if known is None:
+        known = self._known
+        found = known.member(member)
+        if found is None:
             return
-        gone = (known.abandoned or set()) | (known.retired or set())
-        for revision in sorted(known.committed, reverse=True):
+        gone = found.abandoned | found.retired
+        for revision in sorted(found.committed, reverse=True):
             if revision not in gone:
-                yield known.committed[revision]
-
-    def _apply(self, fact: Fact) -> None:
-        known = self._members.get(fact.member)
-        if known is None:
-            known = self._members[fact.member] = _Member()
-        if fact.kind == "Held":
-            known.held = _later(known.held, fact)
-            return
-        assert fact.revision is not None, "facts are checked before they are committed"
-        match fact.kind:
-            case "Committed":
-                known.committed[fact.revision] = _later(known.committed.get(fact.revision), fact)
-            case "Exposed":
-                known.exposed = _later(known.exposed, fact)
-            case "Abandoned":
-                known.abandoned = (known.abandoned or set()) | {fact.revision}
-            case "Pinned":
-                known.pinned = (known.pinned or set()) | {fact.revision}
-            case "Retired":
-                known.retired = (known.retired or set()) | {fact.revision}
-
-
-def _later(known: Fact | None, fact: Fact) -> Fact:
-    return fact if known is None or known.order <= fact.order else known
+                yield known.fact(found.committed[revision])

@@ -57,6 +57,7 @@ class Writer:
             table = _snapshot(catalogue)
             fence = (table.transaction_version(f"fence/{run}") or 0) + 1
             try:
+                delta.add_columns(table, rows.SCHEMA)
                 delta.commit(table, [(f"fence/{run}", fence)])
             except (DeltaError, OSError) as e:
                 _wait(attempt, f"start of run {run}", e)

@@ -156,8 +156,8 @@ async def _drive(
     await patience.until("store", lambda: asyncio.to_thread(setup.claim, store, bundle, base))
     active = await setup.start_parts(parts, base.tokenizer)
     try:
-        ledger, facts = await Ledger.open(store, run=bundle.run_uid, patience=patience)
-        tally.count(facts)
+        ledger = await Ledger.open(store, run=bundle.run_uid, patience=patience)
+        tally.count(ledger.index.of_run(bundle.run_uid))
         trainer = Trainer(args.trainer, session=session, run=bundle.run_uid, patience=patience)
         gateways = Gateways(
             args.gateways.split(","),
@@ -186,7 +186,7 @@ async def _drive(
             voice=Voice(tally, reporter),
             stopping=stopping,
         )
-        return await Run(equipment, await with_probes(active, roller, ledger, facts)).run()
+        return await Run(equipment, await with_probes(active, roller, ledger)).run()
     finally:
         await asyncio.gather(*(a.scorer.close() for a in active))
 

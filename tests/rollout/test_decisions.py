@@ -12,7 +12,7 @@ from allele.protocol.errors import InvalidRequest, NotFound, Overloaded
 from allele.protocol.serving import Gate, Target
 from allele.store.facts import Fact
 from allele_rollout.engine.launch import CPU_PATH, EngineSettings, command, environment
-from allele_rollout.gateway.exposure import Exposures, candidates
+from allele_rollout.gateway.exposure import candidates
 from allele_rollout.gateway.generate import completions
 from allele_rollout.gateway.openai import engine_body, error_body, model_page, parse_body
 from allele_rollout.gateway.settings import GatewaySettings
@@ -67,13 +67,10 @@ def test_pages_of_models_hold_every_name_once() -> None:
 
 
 def test_a_bare_name_tries_the_exposed_revision_then_the_one_before_and_a_hold_stands_alone() -> None:
-    exposures = Exposures()
-    exposures.apply(Fact(kind="Exposed", member="a", revision=r) for r in (1, 2, 2, 3))
-    assert exposures.of("a") == (3, 2)
     fact = Fact(kind="Committed", member="a", revision=3)
-    assert candidates(fact, None, exposures.of("a")) == [3, 2]
+    assert candidates(fact, None, (3, 2, 1)) == [3, 2]
     held = Fact(kind="Held", member="a", revision=1)
-    assert candidates(Fact(kind="Committed", member="a", revision=1), held, exposures.of("a")) == [1]
+    assert candidates(Fact(kind="Committed", member="a", revision=1), held, (3, 2, 1)) == [1]
     assert candidates(None, None, ()) == []
 
 

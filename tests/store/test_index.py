@@ -118,7 +118,7 @@ def test_answers_do_not_depend_on_the_order_in_which_facts_arrive(
     changes = store.catalogue.facts()
     forward, backward = Index(store.catalogue), Index(store.catalogue)
     forward.apply(changes)
-    backward.apply(Changes(changes.version, tuple(reversed(changes.facts))))
+    backward.apply(Changes(changes.version, tuple(reversed(list(changes)))))
     for index in (forward, backward):
         assert index.hold("a") is None
         assert revision(index.exposed("a")) == 2

@@ -23,13 +23,12 @@ class Ledger:
         self.index = index
 
     @classmethod
-    async def open(cls, store: PopulationStore, *, run: str, patience: Patience) -> tuple[Ledger, list[Fact]]:
-        """Become the run's only writer; older drivers are fenced off. With all facts so far."""
+    async def open(cls, store: PopulationStore, *, run: str, patience: Patience) -> Ledger:
+        """Become the run's only writer; older drivers are fenced off."""
         writer = await patience.until("store", lambda: asyncio.to_thread(store.catalogue.start, run))
         index = Index(store.catalogue)
-        changes = await patience.until("store", lambda: asyncio.to_thread(index.fetch))
-        index.apply(changes)
-        return cls(store, writer, index, patience), list(changes)
+        index.apply(await patience.until("store", lambda: asyncio.to_thread(index.fetch)))
+        return cls(store, writer, index, patience)
 
     @property
     def fence(self) -> int:

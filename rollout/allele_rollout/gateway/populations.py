@@ -11,7 +11,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from allele.format import AdapterShape, adapter_config
@@ -23,7 +23,7 @@ from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele.store.provenance import Provenance
-from allele_rollout.gateway.exposure import Exposures, candidates
+from allele_rollout.gateway.exposure import candidates
 from allele_rollout.gateway.residency import Adapter
 from allele_rollout.gateway.warm import Packed
 
@@ -43,7 +43,6 @@ class Population:
         self._base_name = base_name
         self._provenance: dict[str, Provenance] = {}
         self._tail = asyncio.Lock()
-        self._exposures = Exposures()
 
     @property
     def version(self) -> int:
@@ -51,9 +50,7 @@ class Population:
 
     async def refresh(self) -> None:
         async with self._tail:
-            changes = await from_store(asyncio.to_thread(self._index.fetch))
-            self._index.apply(changes)
-            self._exposures.apply(changes)
+            self._index.apply(await from_store(asyncio.to_thread(self._index.fetch)))
 
     async def seen(self, version: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Return once the catalogue has been read up to `version`. Raises Unavailable when it is not there."""
@@ -97,13 +94,13 @@ class Population:
         where = self._name(member, None)
         if member not in self._index:
             raise NotFound(f"{where}: no such member at catalogue version {self.version}")
-        revisions = candidates(self._index.exposed(member), self._index.hold(member), self._exposures.of(member))
+        revisions = candidates(self._index.exposed(member), self._index.hold(member), self._index.exposures(member))
         if not revisions:
             raise NotExposed(f"{where}: the member exists but no revision is exposed yet; name one as {where}@N")
         return [await self.committed(member, r) for r in revisions]
 
-    def exposed_members(self) -> Iterator[str]:
-        return (m for m in self._index.members() if self._index.exposed(m) is not None)
+    def exposed_members(self) -> Sequence[str]:
+        return self._index.exposed_members()
 
     async def provenance(self, fact: Fact) -> Provenance:
         sha = fact.provenance
