@@ -31,7 +31,7 @@ Entry = Fact | int
 
 @dataclasses.dataclass(slots=True)
 class _Member:
-    """The facts of a member that still count: `committed` and `exposed` by revision, in the order in which they count."""
+    """The facts of a member that count: `committed` and `exposed` by revision, in their order."""
 
     committed: dict[int, Entry] = dataclasses.field(default_factory=dict)
     exposed: dict[int, Entry] = dataclasses.field(default_factory=dict)

@@ -118,7 +118,7 @@ def test_columns_and_news_in_any_order_answer_as_the_facts(
     """Of facts that count at one and the same moment, none is later: such histories are not asked about."""
     orders = [(f.member, f.order) for f in facts]
     if len(set(orders)) < len(orders):
-        facts = list({key: f for key, f in zip(orders, facts, strict=True)}.values())
+        facts = list(dict(zip(orders, facts, strict=True)).values())
     shuffled = random.Random(seed).sample(facts, len(facts))
     before = index_module.FOLD_AFTER
     index_module.FOLD_AFTER = fold

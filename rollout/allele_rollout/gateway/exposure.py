@@ -8,7 +8,10 @@ from allele.store.facts import Fact
 
 
 def candidates(exposed: Fact | None, hold: Fact | None, history: Sequence[int]) -> list[int]:
-    """Revisions to try, best first; `history`: those that were exposed, the last one first. A hold stands alone: it was set to keep others from being served."""
+    """Revisions to try, best first; `history`: those that were exposed, the last one first.
+
+    A hold stands alone: it was set to keep others from being served.
+    """
     if exposed is None or exposed.revision is None:
         return []
     if hold is not None:
