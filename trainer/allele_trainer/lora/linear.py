@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -169,7 +168,10 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, adapters: Adapters, _start: Tensor | None
     ) -> Tensor:
         flat = _flat(x)
-        total = y.clone(memory_format=torch.contiguous_format) if weight is None else F.linear(x, weight)
+        if weight is None:
+            total = y.clone(memory_format=torch.contiguous_format)
+        else:  # flat: of `[T, 1, in]` torch may make a batch of T products
+            total = torch.mm(flat, weight.t()).view(*x.shape[:-1], -1)
         found = [product(flat[p.begin : p.end], stack.a, p).mul_(p.scale) for p, stack in adapters.before]
         if adapters.crossing.forward:
             h = adapters.crossing.forward(_joined(found, adapters.before, flat.new_zeros(len(flat), adapters.width)))
