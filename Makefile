@@ -54,6 +54,10 @@ test-gpu: env ## Tests of what only a GPU runs
 bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on a GPU; ARGS="--help" tells; 15 minutes)
 	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)
 
+.PHONY: bench-store
+bench-store: cluster ## The store against an object per adapter, in S3 and in etcd (ARGS="--help" tells; 15 minutes)
+	$(PY) -W ignore -m bench.store $(ARGS)
+
 .PHONY: lint
 lint: env ## ruff, mypy, import-linter, generated files
 	.venv/bin/ruff check .

@@ -1,0 +1,1 @@
+"""What the store does, against the ways in which others do it."""
