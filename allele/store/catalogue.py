@@ -21,9 +21,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 
 from allele.store import delta
 from allele.store import facts as rows
+from allele.store.columns import Columns
 from allele.store.errors import ObjectNotFound, StoreUnavailable
 from allele.store.facts import Fact
-from allele.store.history import History
 from allele.store.objects import Objects
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Changes:
 
     version: int
     facts: Sequence[Fact] = ()
-    whole: History | None = None
+    whole: Columns | None = None
     """All facts there are, where they are not those since."""
 
     def __iter__(self) -> Iterator[Fact]:
@@ -166,7 +166,7 @@ class Catalogue:
 
     def _all_facts(self) -> Changes:
         version, files = self._live()
-        return Changes(version, whole=History(delta.read(self._objects, [f.path for f in files], rows.SCHEMA)))
+        return Changes(version, whole=Columns(delta.read(self._objects, [f.path for f in files], rows.SCHEMA)))
 
     def _log_entry(self, version: int) -> bytes | None:
         with contextlib.suppress(ObjectNotFound):

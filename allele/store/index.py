@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 import pyarrow as pa
 
 from allele.store.catalogue import Catalogue, Changes
+from allele.store.columns import Columns, compact
 from allele.store.facts import Fact, to_arrow
-from allele.store.history import History, compact
 
 FOLD_AFTER = 100_000
 """Facts since the load, and at least a quarter of those at it, that are worth columns."""
@@ -26,7 +26,7 @@ _BUILT = 4096
 """Members without news that are remembered as they were built from columns."""
 
 Entry = Fact | int
-"""A fact, or the place of one in the history."""
+"""A fact, or the place of one in the columns."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,8 +44,8 @@ class _Member:
 class _Known:
     """Everything that an index knows at one moment; replaced whole when facts become columns."""
 
-    def __init__(self, history: History) -> None:
-        self.history = history
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
         self.recent: list[Fact] = []
         self.changed: dict[str, _Member] = {}
         """Members with recent facts."""
@@ -53,12 +53,12 @@ class _Known:
 
     def member(self, name: str) -> _Member | None:
         known = self.changed.get(name)
-        if known is None and name in self.history.members:
+        if known is None and name in self.columns.members:
             known = self._built(name)
         return known
 
     def fact(self, entry: Entry) -> Fact:
-        return entry if isinstance(entry, Fact) else self.history.fact(entry)
+        return entry if isinstance(entry, Fact) else self.columns.fact(entry)
 
     def apply(self, fact: Fact) -> None:
         known = self.changed.get(fact.member)
@@ -85,11 +85,11 @@ class _Known:
 
     def folded(self) -> _Known:
         """The same, all of it in columns."""
-        return _Known(History(pa.concat_tables([self.history.table, compact(to_arrow(self.recent))])))
+        return _Known(Columns(pa.concat_tables([self.columns.table, compact(to_arrow(self.recent))])))
 
     def _build(self, name: str) -> _Member:
         found = _Member()
-        for kind, revision, place in self.history.of(name):
+        for kind, revision, place in self.columns.of(name):
             match kind:
                 case "Committed":
                     found.committed.pop(revision, None)
@@ -127,7 +127,7 @@ class Index:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._known = _Known(History.empty())
+        self._known = _Known(Columns.empty())
         self._served: tuple[int, Sequence[str]] = -1, ()
         self.version = -1
         """Catalogue version up to which facts are applied; -1 before the first."""
@@ -155,17 +155,17 @@ class Index:
         else:
             for fact in changes:
                 self._known.apply(fact)
-            if len(self._known.recent) >= max(FOLD_AFTER, len(self._known.history) // 4):
+            if len(self._known.recent) >= max(FOLD_AFTER, len(self._known.columns) // 4):
                 self._known = self._known.folded()
         self.version = max(self.version, changes.version)
 
     def __contains__(self, member: str) -> bool:
-        return member in self._known.history.members or member in self._known.changed
+        return member in self._known.columns.members or member in self._known.changed
 
     def members(self) -> Set[str]:
         """Names of members with any fact."""
         known = self._known
-        return known.history.members.keys() | known.changed.keys() if known.changed else known.history.members.keys()
+        return known.columns.members.keys() | known.changed.keys() if known.changed else known.columns.members.keys()
 
     def get(self, member: str, revision: int) -> Fact | None:
         """The Committed fact of a revision, abandoned and retired ones too."""
@@ -196,8 +196,8 @@ class Index:
         version, found = self._served
         if version != self.version:
             version, known = self.version, self._known
-            doubtful = known.history.with_kind("Held") | known.changed.keys()
-            served = known.history.with_kind("Exposed") - doubtful
+            doubtful = known.columns.with_kind("Held") | known.changed.keys()
+            served = known.columns.with_kind("Exposed") - doubtful
             found = sorted(served | {m for m in doubtful if self.exposed(m) is not None})
             self._served = version, found
         return found
@@ -226,12 +226,12 @@ class Index:
     def of_run(self, run: str) -> list[Fact]:
         """Facts that a run committed, in order."""
         known = self._known
-        return [*known.history.facts(run=run), *(f for f in known.recent if f.run == run)]
+        return [*known.columns.facts(run=run), *(f for f in known.recent if f.run == run)]
 
     def with_digest(self, digest: str) -> list[Fact]:
         """Committed facts of these bytes, of whatever member."""
         known = self._known
-        return [*known.history.with_digest(digest), *(f for f in known.recent if f.digest == digest)]
+        return [*known.columns.with_digest(digest), *(f for f in known.recent if f.digest == digest)]
 
     def resume_point(self, members: Iterable[str], *, run: str | None = None) -> dict[str, Fact]:
         """Per member the newest standing revision with state (of `run`, when given); members with none are left out."""

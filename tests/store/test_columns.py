@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from allele.store import Catalogue, Changes, Fact, Index, Objects, PopulationStore, delta
 from allele.store import facts as rows
 from allele.store import index as index_module
+from allele.store.columns import Columns
 from allele.store.facts import KINDS, SCHEMA, to_arrow
-from allele.store.history import History
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MEMBERS = ("a", "b", "c-1")
@@ -124,7 +124,7 @@ def test_columns_and_news_in_any_order_answer_as_the_facts(
     index_module.FOLD_AFTER = fold
     try:
         index = Index(nothing())
-        index.apply(Changes(1, whole=History(to_arrow(shuffled[:loaded]))))
+        index.apply(Changes(1, whole=Columns(to_arrow(shuffled[:loaded]))))
         for number, fact in enumerate(shuffled[loaded:], start=2):
             index.apply(Changes(number, (fact,)))
         assert answers(index) == expected(facts)
@@ -143,7 +143,7 @@ def test_members_are_found_by_the_bytes_that_they_have() -> None:
         for m, r, d in (("a", 1, "one"), ("b", 1, "two"), ("b", 2, "one"))
     ]
     index = Index(nothing())
-    index.apply(Changes(1, whole=History(to_arrow(facts[:2]))))
+    index.apply(Changes(1, whole=Columns(to_arrow(facts[:2]))))
     index.apply(Changes(2, facts[2:]))
     assert [(f.member, f.revision) for f in index.with_digest("one")] == [("a", 1), ("b", 2)]
     assert index.with_digest("three") == []

@@ -23,7 +23,7 @@ _SHARED = ("group", "segment", "state_segment", "run", "provenance", "shape", "r
 """Columns with few different values: held once each."""
 
 
-class History:
+class Columns:
     """A catalogue's facts up to a version, those of a member in the order in which they count."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -44,7 +44,7 @@ class History:
         self._places: Mapping[str, int] = {name: i for i, name in enumerate(names.dictionary.to_pylist())}
 
     @classmethod
-    def empty(cls) -> History:
+    def empty(cls) -> Columns:
         return cls(SCHEMA.empty_table())
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class History:
 
     def fact(self, place: int) -> Fact:
         row = int(self._rows[place])
-        return from_row({name: column[row].as_py() for name, column in self._columns.items()})
+        return from_row({name: column[row].as_py() for name, column in self._arrays.items()})
 
     def facts(self, *, run: str | None = None) -> Iterator[Fact]:
         """All of them, or those of a run, in the order in which they count over all members."""
@@ -91,10 +91,10 @@ class History:
     def with_digest(self, digest: str) -> list[Fact]:
         """Committed facts of the same bytes."""
         found = pc.indices_nonzero(pc.equal(self._table["digest"], digest)).to_pylist()
-        return [from_row({name: column[row].as_py() for name, column in self._columns.items()}) for row in found]
+        return [from_row({name: column[row].as_py() for name, column in self._arrays.items()}) for row in found]
 
     @cached_property
-    def _columns(self) -> dict[str, Any]:
+    def _arrays(self) -> dict[str, Any]:
         return {name: self._table[name].combine_chunks() for name in SCHEMA.names}
 
 
