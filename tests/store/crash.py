@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from allele.store import Catalogue, Fact, FencedError, Index, PopulationStore, Writer
+from allele.protocol.errors import ProtocolError
+from allele.store import Catalogue, Fact, FencedError, Index, PopulationStore, StoreError, Writer
 from tests.store import scenarios
 from tests.store.proxy import Proxy, Rule
 from tests.store.scenarios import RUN, Death, Operation, work
@@ -45,17 +46,24 @@ def heads(index: Index) -> dict[str, tuple[Key | None, ...]]:
 class Prepared:
     """A population before some operations, and what an undisturbed run of them did."""
 
-    origin: str
-    """Url of the population before; empty when there is nothing before."""
     operations: tuple[Operation, ...]
     first: int
     facts: tuple[Fact, ...]
     heads: dict[str, tuple[Key | None, ...]]
-    writes: int
+    origin: str = ""
+    """Url of the population before; empty when there is nothing before."""
+    writes: int = 0
+    requests: tuple[str, ...] = ()
+    """Method and path of each request of the operations, without the part that names the store."""
 
     def at(self, step: int) -> Counter[Key]:
         """Facts of all steps up to one."""
         return Counter(key(f) for f in self.facts if f.step is not None and f.step <= step)
+
+
+def observe(store: PopulationStore, operations: tuple[Operation, ...], *, first: int) -> Prepared:
+    """What an undisturbed run, which is over, has left."""
+    return Prepared(operations, first, tuple(store.catalogue.facts()), heads(Index.load(store.catalogue)))
 
 
 class Laboratory:
@@ -70,47 +78,80 @@ class Laboratory:
         origin = ""
         if before:
             origin = self._fresh("")
-            work(self._open(origin), before, first=1)
+            work(self.open(origin), before, first=1)
         url, first = self._fresh(origin), len(before) + 1
         with self._proxy.rule(Rule(action="pass", path=scenarios.path_of(url), methods=scenarios.WRITES)) as number:
             work(scenarios.open_store(url, self._proxy.environ), operations, first=first)
             writes, _ = self._proxy.count(number)
-        store = self._open(url)
-        return Prepared(
-            origin, operations, first, tuple(store.catalogue.facts()), heads(Index.load(store.catalogue)), writes
-        )
+        requests = tuple(f"{m} {where}" for m, where, _ in self._proxy.log(scenarios.path_of(url)))
+        done = observe(self.open(url), operations, first=first)
+        return dataclasses.replace(done, origin=origin, writes=writes, requests=requests)
 
     def kill(self, prepared: Prepared, deaths: Sequence[Death]) -> bool:
         """Kill a run, and the ones that go on after it, then finish; whether all of them died.
 
         Raises AssertionError for anything that must not be: see `check_rest` and `check_end`.
         """
-        url = self._fresh(prepared.origin)
+        url = self.fresh(prepared)
         try:
-            died = [self._kill_once(url, prepared, death) for death in deaths]
-            check_end(self._open(url), prepared)
+            newest, died = 0, []
+            for death in deaths:
+                exitcode, acknowledged = self._die(url, prepared, death)
+                newest = check_rest(self.open(url), prepared, [newest, *acknowledged])
+                died.append(exitcode != 0)
+            check_end(self.open(url), prepared)
         finally:
-            self._forget(url)
+            self.forget(url)
         return all(died)
 
-    def _kill_once(self, url: str, prepared: Prepared, death: Death) -> bool:
+    def disturb(self, prepared: Prepared, rule: Rule) -> StoreError | ProtocolError | None:
+        """Let the operations meet a fault, then finish; returns the error that they ended with.
+
+        Raises AssertionError as `kill` does, and whatever has no type of ours.
+        """
+        url = self.fresh(prepared)
+        acknowledged: list[int] = []
+        outcome: StoreError | ProtocolError | None = None
+        try:
+            with self._proxy.rule(dataclasses.replace(rule, path=scenarios.path_of(url) + rule.path)) as number:
+                try:
+                    store = scenarios.open_store(url, self._proxy.environ)
+                    work(store, prepared.operations, first=prepared.first, done=acknowledged.append)
+                except (StoreError, ProtocolError) as e:
+                    outcome = e
+                assert self._proxy.count(number)[1], f"{rule} hit nothing"
+            check_rest(self.open(url), prepared, acknowledged)
+            check_end(self.open(url), prepared)
+        finally:
+            self.forget(url)
+        return outcome
+
+    def _die(self, url: str, prepared: Prepared, death: Death) -> tuple[int, list[int]]:
+        """Exit code of one process, and the steps that it knew to be done."""
         receiver, sender = FORKS.Pipe(duplex=False)
         process = FORKS.Process(
             target=scenarios.doomed,
-            args=(self._proxy, url, prepared.operations),
-            kwargs={"first": prepared.first, "death": death, "acknowledged": sender},
+            args=(url, self._proxy.environ, prepared.operations),
+            kwargs={"first": prepared.first, "acknowledged": sender, "proxy": self._proxy, "death": death},
         )
         process.start()
         sender.close()
         process.join(60)
-        rule, *acknowledged = _drain(receiver)
+        rule, *acknowledged = drain(receiver)
         self._proxy.remove(rule)
         assert process.exitcode in (0, -signal.SIGKILL), f"{url}: exit code {process.exitcode}"
-        check_rest(self._open(url), prepared, acknowledged)
-        return process.exitcode != 0
+        return process.exitcode, acknowledged
 
-    def _open(self, url: str) -> PopulationStore:
+    def open(self, url: str) -> PopulationStore:
         return scenarios.open_store(url, self._environ)
+
+    def fresh(self, prepared: Prepared) -> str:
+        """Url of a copy of the population as it was before the operations."""
+        return self._fresh(prepared.origin)
+
+    def fresh_url(self) -> str:
+        """Url of an empty store."""
+        return self._fresh("")
 
     def _fresh(self, origin: str) -> str:
         """A copy of a population, made behind the server's back."""
@@ -120,13 +161,16 @@ class Laboratory:
             shutil.copytree(folder / scenarios.path_of(origin), folder / name)
         return f"s3://{self._bucket}/{name}"
 
-    def _forget(self, url: str) -> None:
+    def forget(self, url: str) -> None:
         for part in ("data", "sidecar"):
             shutil.rmtree(self._root / part / self._bucket / scenarios.path_of(url), ignore_errors=True)
 
 
-def check_rest(store: PopulationStore, prepared: Prepared, acknowledged: Iterable[int]) -> None:
-    """After a death: whole steps only, all that was acknowledged, at most the one in work beyond; all bytes there."""
+def check_rest(store: PopulationStore, prepared: Prepared, acknowledged: Iterable[int]) -> int:
+    """After a death: whole steps only, all that was acknowledged, at most the one in work beyond; all bytes there.
+
+    Returns the newest committed step.
+    """
     table = store.catalogue.snapshot()
     newest = (table.transaction_version(f"run/{RUN}") or 0) if table is not None else 0
     found = Counter(key(f) for f in store.catalogue.facts())
@@ -137,6 +181,7 @@ def check_rest(store: PopulationStore, prepared: Prepared, acknowledged: Iterabl
     following = min((s for s in numbered if s > done), default=newest)
     assert committed <= newest <= following, f"step {newest} is committed, {committed} was acknowledged"
     check_bytes(store)
+    return newest
 
 
 def check_end(store: PopulationStore, prepared: Prepared) -> None:
@@ -168,7 +213,7 @@ def check_bytes(store: PopulationStore) -> None:
         store.read_provenance(sha)
 
 
-def _drain(receiver: Connection) -> list[int]:
+def drain(receiver: Connection) -> list[int]:
     received = []
     with contextlib.suppress(EOFError):
         while True:

@@ -7,25 +7,30 @@ store is added with a function here and its name in a scenario.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from allele.protocol.commands import OptimizerSpec
 from allele.store import (
     BaseRef,
     DataRange,
     Fact,
+    FencedError,
     Index,
     PopulationRecord,
     PopulationStore,
     Provenance,
+    StoreUnavailable,
     Versions,
     Writer,
 )
+from tests.store.history import Event, Kind, Recorder
 from tests.store.proxy import Proxy, Rule
 
 RUN = "run"
@@ -95,8 +100,8 @@ SCENARIOS: dict[str, tuple[Operation, ...]] = {
     "expose": (publish, expose),
     "roll back": (roll_back, lift),
     "compact": (compact,),
-    "life": (publish, compact, expose, roll_back, publish, expose, compact, lift, publish),
 }
+LIFE: tuple[Operation, ...] = (publish, compact, expose, roll_back, publish, expose, compact, lift, publish)
 FRESH: tuple[Operation, ...] = (claim, publish, expose)
 """The first work on a population, which has nothing behind it."""
 
@@ -140,11 +145,68 @@ class Death:
 
 
 def doomed(
-    proxy: Proxy, url: str, operations: tuple[Operation, ...], *, first: int, death: Death, acknowledged: Connection
+    url: str,
+    environ: Mapping[str, str],
+    operations: tuple[Operation, ...],
+    *,
+    first: int,
+    acknowledged: Connection,
+    proxy: Proxy | None = None,
+    death: Death | None = None,
 ) -> None:
-    """`work` in a process of its own that dies on the way; sends its rule, then the steps that it knows to be done."""
-    acknowledged.send(proxy.add(death.rule(path_of(url))))
-    work(open_store(url, proxy.environ), operations, first=first, done=acknowledged.send)
+    """`work` in a process of its own, to be killed by a rule of the proxy or from outside.
+
+    Sends the number of the rule (0: none), then the steps that it knows to be done.
+    """
+    acknowledged.send(proxy.add(death.rule(path_of(url))) if proxy and death else 0)
+    work(open_store(url, environ), operations, first=first, done=acknowledged.send)
+
+
+def rival(proxy: Proxy, url: str, *, step: int, pipe: Connection) -> None:
+    """A driver that has started, waits for a word, then publishes a step; says how that ended."""
+    store = open_store(url, proxy.environ)
+    session = Session(store, store.catalogue.start(RUN), Index.load(store.catalogue))
+    pipe.send(session.writer.fence)
+    pipe.recv()
+    try:
+        publish(session, step)
+    except FencedError:
+        pipe.send("fenced")
+    else:
+        pipe.send("committed")
+
+
+def publisher(
+    url: str, environ: Mapping[str, str], *, run: str, members: Sequence[str], steps: int, record: Path
+) -> None:
+    """A run of its own that publishes and exposes members of its own, and records the history."""
+    store, recorder = open_store(url, environ), Recorder(record)
+    writer = store.catalogue.start(run)
+    index = Index.load(store.catalogue)
+    for step in range(1, 2 * steps + 1, 2):
+        data = {m: content(run, m, step) for m in members}
+        ranges = store.write_segment(data)
+        facts = [
+            Fact.committed(member=m, revision=index.next_revision(m), weights=r, shape="s") for m, r in ranges.items()
+        ]
+        _insist(recorder, "commit", writer, step, facts)
+        index.refresh()
+        exposures = [Fact(kind="Exposed", member=f.member, revision=f.revision) for f in facts]
+        _insist(recorder, "expose", writer, step + 1, exposures)
+        index.refresh()
+
+
+def _insist(recorder: Recorder, kind: Kind, writer: Writer, step: int, facts: Sequence[Fact]) -> None:
+    """Commit, again while the outcome is unknown, as the error says that one should."""
+    events = [
+        Event(kind=kind, member=f.member, revision=f.revision or 0, digest=f.digest or "", start=0.0) for f in facts
+    ]
+    with recorder.during(*events):
+        for _ in range(3):
+            with contextlib.suppress(StoreUnavailable):
+                writer.commit(step, facts)
+                return
+        writer.commit(step, facts)
 
 
 def path_of(url: str) -> str:
