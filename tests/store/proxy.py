@@ -51,7 +51,7 @@ Action = Literal[
     "lose-reply",  # connection reset when the server has done it
     "reset-reply",  # connection reset in the middle of the reply
     "truncate",  # half the body under the Content-Length of the whole, then an orderly end
-    "flip",  # one bit in the middle of the body
+    "flip",  # one bit of the body, at the share `at` of it
 ]
 
 
@@ -71,6 +71,7 @@ class Rule:
     status: int = 503
     seconds: float = 0.0
     pid: int = 0
+    at: float = 0.5
 
 
 @dataclasses.dataclass
@@ -157,7 +158,6 @@ class _Server:
                     os.kill(rule.pid, signal.SIGKILL)
                     raise _Broken
                 case "stop":
-                    await reply.read()
                     os.kill(rule.pid, signal.SIGSTOP)
                 case "answer-after":
                     await reply.read()
@@ -165,7 +165,7 @@ class _Server:
                 case "lose-reply":
                     await reply.read()
                     raise _Broken
-            return await self._reply(request, reply, rule.action)
+            return await self._reply(request, reply, rule)
 
     @contextlib.asynccontextmanager
     async def _forward(self, request: web.BaseRequest) -> AsyncIterator[ClientResponse]:
@@ -177,21 +177,20 @@ class _Server:
         ) as reply:
             yield reply
 
-    async def _reply(self, request: web.BaseRequest, reply: ClientResponse, action: Action) -> web.StreamResponse:
+    async def _reply(self, request: web.BaseRequest, reply: ClientResponse, rule: Rule) -> web.StreamResponse:
         headers = [(k, v) for k, v in reply.headers.items() if k.lower() not in _HOP_BY_HOP]
         out = web.StreamResponse(status=reply.status, reason=reply.reason)
         out.headers.extend(headers)
         await out.prepare(request)
-        half = (reply.content_length or 0) // 2
-        sent = 0
+        stop, sent = int(rule.at * (reply.content_length or 0)), 0
         async for chunk in reply.content.iter_any():
-            if action in ("truncate", "reset-reply") and sent + len(chunk) > half:
-                await out.write(chunk[: half - sent])
-                if action == "truncate" and request.transport is not None:
+            if rule.action in ("truncate", "reset-reply") and sent + len(chunk) > stop:
+                await out.write(chunk[: stop - sent])
+                if rule.action == "truncate" and request.transport is not None:
                     request.transport.close()
                 raise _Broken
-            if action == "flip" and sent <= half < sent + len(chunk):
-                at = half - sent
+            if rule.action == "flip" and sent <= stop < sent + len(chunk):
+                at = stop - sent
                 chunk = chunk[:at] + bytes([chunk[at] ^ 1]) + chunk[at + 1 :]
             await out.write(chunk)
             sent += len(chunk)

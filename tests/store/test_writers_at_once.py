@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import random
@@ -19,16 +20,14 @@ from tests.store import scenarios
 from tests.store.crash import FORKS, Laboratory, Prepared, check_bytes
 from tests.store.history import Event, Recorder, load, violations
 from tests.store.proxy import Action, Proxy, Rule
-from tests.store.scenarios import BEFORE, RUN, Session, publish
+from tests.store.scenarios import BEFORE, RUN, WRITES, Session, publish
 
 ROUNDS = 100
 RUNS = 16
 
 
-def freeze_and_succeed(
-    laboratory: Laboratory, proxy: Proxy, prepared: Prepared, action: Action, nth: int
-) -> tuple[str, bool]:
-    """One round: the old driver freezes at its nth request, a new one commits the same step, the old one wakes.
+def freeze_and_succeed(laboratory: Laboratory, proxy: Proxy, prepared: Prepared, freeze: Rule) -> tuple[str, bool]:
+    """One round: the old driver freezes at a request, a new one commits the same step, the old one wakes.
 
     Returns how it ended for the old one, and whether its step was in before the new one started.
     """
@@ -38,7 +37,7 @@ def freeze_and_succeed(
     old.start()
     end.close()
     fence: int = pipe.recv()
-    rule = proxy.add(Rule(action=action, path=scenarios.path_of(url), nth=nth, pid=old.pid or 0))
+    rule = proxy.add(dataclasses.replace(freeze, path=scenarios.path_of(url), pid=old.pid or 0))
     pipe.send("go")
     wait_until(lambda: proxy.count(rule)[1] > 0)
     store = laboratory.open(url)
@@ -47,7 +46,7 @@ def freeze_and_succeed(
     if not was_in:
         publish(successor, step)
     proxy.remove(rule)
-    if action == "stop":
+    if freeze.action == "stop":
         os.kill(old.pid or 0, signal.SIGCONT)
     outcome: str = pipe.recv()
     old.join()
@@ -63,13 +62,12 @@ def test_a_frozen_driver_that_wakes_after_its_successor_committed_is_refused(
     laboratory: Laboratory, proxy: Proxy
 ) -> None:
     prepared = laboratory.prepare((publish,), before=BEFORE)
-    log_entries = [i for i, r in enumerate(prepared.requests) if r.startswith("PUT") and "_delta_log" in r]
-    of_publish = log_entries[-1] - log_entries[0]
-    drawn = random.Random(1)
     actions: tuple[Action, ...] = ("hold", "stop")
-    rounds = [(actions[i % 2], drawn.randint(1, of_publish - 12)) for i in range(ROUNDS)]
+    at_write = [Rule(action=a, methods=WRITES, nth=n) for n in range(1, prepared.writes) for a in actions]
+    at_read = [Rule(action=a, methods=("GET",), nth=n) for n in range(1, 5) for a in actions]
+    rounds = random.Random(1).choices([*at_write, *at_read], k=ROUNDS)
     with ThreadPoolExecutor(4) as pool:
-        outcomes = list(pool.map(lambda r: freeze_and_succeed(laboratory, proxy, prepared, *r), rounds))
+        outcomes = list(pool.map(lambda rule: freeze_and_succeed(laboratory, proxy, prepared, rule), rounds))
     wrong = [(r, o) for r, o in zip(rounds, outcomes, strict=True) if o[0] != ("committed" if o[1] else "fenced")]
     assert wrong == []
     assert sum(was_in for _, was_in in outcomes) < ROUNDS / 4, "most rounds freeze before the commit"
