@@ -50,6 +50,10 @@ test-fast: env ## Tests of the inner loop, under a minute
 test-gpu: env ## Tests of what only a GPU runs
 	$(PY) -m pytest -m gpu
 
+.PHONY: soak-store
+soak-store: env ## Ten thousand random kills of the store's writers (ARGS="--minutes 10 --seed 1"; hours)
+	$(PY) -W ignore -m tests.store.soak $(ARGS)
+
 .PHONY: bench-trainer
 bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on a GPU; ARGS="--help" tells; 15 minutes)
 	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)

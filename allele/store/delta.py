@@ -20,6 +20,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.transaction import AddAction, RemoveAction
 from ulid import ULID
 
+from allele.store.errors import StoreUnavailable
 from allele.store.objects import Objects
 
 _READ_THREADS = 8
@@ -45,7 +46,7 @@ def live_files(table: DeltaTable) -> list[LiveFile]:
 def stage(objects: Objects, rows: pa.Table) -> LiveFile:
     """Write rows as a new parquet file, which does not count until a commit adds it."""
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd")
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
     data = bytes(sink.getvalue())
     path = f"{ULID()}.parquet"
     objects.put(path, data)
@@ -53,16 +54,23 @@ def stage(objects: Objects, rows: pa.Table) -> LiveFile:
 
 
 def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
-    """Rows of files of the table, whether live or since compacted away; columns that a file has not are null."""
+    """Rows of files of the table, whether live or since compacted away; columns that a file has not are null.
+
+    Raises StoreUnavailable for bytes that are not those written: most often they were damaged on the way.
+    """
 
     def one(path: str) -> pa.Table:
-        with pq.ParquetFile(pa.BufferReader(objects.get(path))) as file:
-            there = set(file.schema_arrow.names)
-            found = file.read([name for name in schema.names if name in there], use_threads=False)
-        for field in schema:
-            if field.name not in there:
-                found = found.append_column(field, pa.nulls(found.num_rows, field.type))
-        return found.select(schema.names).cast(schema)
+        data = objects.get(path)
+        try:
+            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+                there = set(file.schema_arrow.names)
+                found = file.read([name for name in schema.names if name in there], use_threads=False)
+            for field in schema:
+                if field.name not in there:
+                    found = found.append_column(field, pa.nulls(found.num_rows, field.type))
+            return found.select(schema.names).cast(schema)
+        except (pa.ArrowException, OSError) as e:
+            raise StoreUnavailable(f"{objects.url(path)}: expected a whole parquet file of facts, found: {e}") from e
 
     if not paths:
         return schema.empty_table()

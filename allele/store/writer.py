@@ -17,9 +17,9 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 _ATTEMPTS: Final = 12
 _MAX_WAIT: Final = 5.0
 """Seconds; attempts back off from 20 ms to this, with jitter: about half a minute in all."""
+
+_PATIENCE: Final = 60.0
+"""Seconds after which there is no further attempt; one may take long, as requests are retried within it."""
+
+T = TypeVar("T")
 
 
 class Writer:
@@ -53,17 +58,16 @@ class Writer:
         """Raise the fence of `run` by one commit. A raise whose outcome is unknown is harmless: the next is higher."""
         if not run:
             raise ValueError("run: expected the uid of the run, found an empty string")
-        for attempt in range(_ATTEMPTS):
-            table = _snapshot(catalogue)
-            fence = (table.transaction_version(f"fence/{run}") or 0) + 1
-            try:
-                delta.add_columns(table, rows.SCHEMA)
-                delta.commit(table, [(f"fence/{run}", fence)])
-            except (DeltaError, OSError) as e:
-                _wait(attempt, f"start of run {run}", e)
-                continue
-            return cls(catalogue, run=run, fence=fence, last_step=table.transaction_version(f"run/{run}"))
-        raise StoreUnavailable(f"{catalogue.objects.url()}: run {run} could not start after {_ATTEMPTS} attempts")
+        return _insist(f"start of run {run}", lambda: cls._start(catalogue, run))
+
+    @classmethod
+    def _start(cls, catalogue: Catalogue, run: str) -> Writer:
+        table = _snapshot(catalogue)
+        delta.add_columns(table, rows.SCHEMA)  # before the look at the fence: it moves the snapshot
+        fence = (table.transaction_version(f"fence/{run}") or 0) + 1
+        last_step = table.transaction_version(f"run/{run}")
+        delta.commit(table, [(f"fence/{run}", fence)])
+        return cls(catalogue, run=run, fence=fence, last_step=last_step)
 
     def commit(self, step: int, facts: Iterable[Fact]) -> int:
         """Make facts of `step` visible, all or none; returns the version at which they are.
@@ -74,22 +78,19 @@ class Writer:
         """
         rows_of_step = list(facts)
         rows.check(rows_of_step)
-        for attempt in range(_ATTEMPTS):
-            table = _snapshot(self._catalogue)
-            self._check_fence(table)
-            if self.last_step is not None and self.last_step >= step:
-                return int(table.version())
-            try:
-                self._append(table, step=step, facts=rows_of_step)
-            except (DeltaError, OSError, StoreUnavailable) as e:
-                _wait(attempt, f"commit of run {self.run} step {step}", e)
-                continue
-            self.last_step = step
-            return self._settle()
-        raise StoreUnavailable(
-            f"{self._catalogue.objects.url()}: run {self.run} step {step} is not known to be committed after "
-            f"{_ATTEMPTS} attempts; commit it again"
-        )
+        what = f"run {self.run} step {step} is not known to be committed"
+        version = _insist(what, lambda: self._commit(step, rows_of_step))
+        return self._settle() if version is None else version
+
+    def _commit(self, step: int, facts: Sequence[Fact]) -> int | None:
+        """One attempt; the version at which the step was found to be committed already."""
+        table = _snapshot(self._catalogue)
+        self._check_fence(table)
+        if self.last_step is not None and self.last_step >= step:
+            return int(table.version())
+        self._append(table, step=step, facts=facts)
+        self.last_step = step
+        return None
 
     def _check_fence(self, table: DeltaTable) -> None:
         newest = table.transaction_version(f"fence/{self.run}") or 0
@@ -119,7 +120,7 @@ class Writer:
 
         The commit is done; that its housekeeping failed is only worth a line.
         """
-        table = _snapshot(self._catalogue)
+        table = _insist(f"version of {self._catalogue.objects.url()}", lambda: _snapshot(self._catalogue))
         if sum(f.size < SMALL_FILE for f in delta.live_files(table)) < COMPACT_EVERY:
             return int(table.version())
         try:
@@ -142,7 +143,18 @@ def _next_time(table: DeltaTable) -> datetime:
     return max(rows.now(), datetime.fromtimestamp(newest / 1000, UTC) + timedelta(milliseconds=1))
 
 
-def _wait(attempt: int, what: str, error: Exception) -> None:
-    delay = random.uniform(0.5, 1.0) * min(_MAX_WAIT, 0.02 * 2**attempt)
-    log.info("%s: %s; looking again in %.2f s", what, error, delay)
-    time.sleep(delay)
+def _insist(what: str, attempt: Callable[[], T]) -> T:
+    """The answer of an attempt that does not fail. Raises StoreUnavailable when that took too many or too long."""
+    begun = time.monotonic()
+    failures = 0
+    while True:
+        try:
+            return attempt()
+        except (DeltaError, OSError, StoreUnavailable) as e:
+            failures += 1
+            seconds = time.monotonic() - begun
+            if failures == _ATTEMPTS or seconds > _PATIENCE:
+                raise StoreUnavailable(f"{what} after {failures} attempts in {seconds:.0f} s, repeat it: {e}") from e
+            delay = random.uniform(0.5, 1.0) * min(_MAX_WAIT, 0.01 * 2**failures)
+            log.info("%s: %s; looking again in %.2f s", what, e, delay)
+            time.sleep(delay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -17,6 +18,8 @@ from botocore.config import Config
 
 from allele.protocol.commands import ByteRange
 from allele.store import Fact, PopulationStore
+from tests.store.crash import Laboratory
+from tests.store.proxy import Proxy
 
 REPOSITORY = Path(__file__).parents[2]
 VERSITYGW = "1.8.0"
@@ -26,6 +29,8 @@ BUCKET = "alleles"
 @dataclasses.dataclass(frozen=True)
 class S3Server:
     environ: dict[str, str]
+    root: Path
+    """Folder with `data` and `sidecar`, where the objects are files."""
 
     def client(self) -> object:
         return boto3.client(
@@ -49,12 +54,12 @@ def versitygw() -> Path:
     return binary
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+@contextlib.contextmanager
+def serve(root: Path) -> Iterator[S3Server]:
+    """An S3 server with an empty bucket, its files below `root`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = tmp_path_factory.mktemp("s3")
     environ = {
         "AWS_ACCESS_KEY_ID": "store-tests",
         "AWS_SECRET_ACCESS_KEY": "store-tests-secret",
@@ -76,13 +81,30 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     )
     try:
         wait_for(port, server, root / "log")
-        started = S3Server(environ)
+        started = S3Server(environ, root)
         started.client().create_bucket(Bucket=BUCKET)  # type: ignore[attr-defined]
         yield started
     finally:
         server.kill()
         server.wait()
         log.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def proxy(s3_server: S3Server) -> Iterator[Proxy]:
+    with Proxy.start(s3_server.environ) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def laboratory(s3_server: S3Server, proxy: Proxy) -> Laboratory:
+    return Laboratory(s3_server.environ, s3_server.root, proxy, bucket=BUCKET)
 
 
 def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
