@@ -21,7 +21,7 @@ class _Member:
     exposed: Fact | None = None
     held: Fact | None = None
     abandoned: set[int] | None = None
-    pinned: set[int] | None = None
+    pinned: dict[int, Fact] | None = None
     retired: set[int] | None = None
 
 
@@ -111,7 +111,8 @@ class Index:
 
     def is_pinned(self, member: str, revision: int) -> bool:
         known = self._members.get(member)
-        return known is not None and revision in (known.pinned or ())
+        last = (known.pinned or {}).get(revision) if known is not None else None
+        return last is not None and last.kind == "Pinned"
 
     def is_abandoned(self, member: str, revision: int) -> bool:
         known = self._members.get(member)
@@ -146,8 +147,9 @@ class Index:
                 known.exposed = _later(known.exposed, fact)
             case "Abandoned":
                 known.abandoned = (known.abandoned or set()) | {fact.revision}
-            case "Pinned":
-                known.pinned = (known.pinned or set()) | {fact.revision}
+            case "Pinned" | "Unpinned":
+                pinned = known.pinned or {}
+                known.pinned = pinned | {fact.revision: _later(pinned.get(fact.revision), fact)}
             case "Retired":
                 known.retired = (known.retired or set()) | {fact.revision}
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -42,6 +42,8 @@ _MAX_RETRIES = 8
 class ObjectInfo:
     path: str
     size: int
+    modified: datetime
+    """By the store's clock."""
 
 
 def s3_options(environ: Mapping[str, str]) -> dict[str, str]:
@@ -142,7 +144,7 @@ class Objects:
         with self._errors(prefix):
             for batch in obstore.list(self._backend, prefix=self._key(prefix)):
                 for meta in batch:
-                    yield ObjectInfo(meta["path"][skip:], meta["size"])
+                    yield ObjectInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
 
     def folders(self, prefix: str = "") -> Sequence[str]:
         """Names of the folders directly below a folder, without looking inside them."""
@@ -158,11 +160,13 @@ class Objects:
 
     def head(self, path: str) -> ObjectInfo:
         with self._errors(path):
-            return ObjectInfo(path, obstore.head(self._backend, self._key(path))["size"])
+            meta = obstore.head(self._backend, self._key(path))
+        return ObjectInfo(path, meta["size"], meta["last_modified"])
 
     async def ahead(self, path: str) -> ObjectInfo:
         with self._errors(path):
-            return ObjectInfo(path, (await obstore.head_async(self._backend, self._key(path)))["size"])
+            meta = await obstore.head_async(self._backend, self._key(path))
+        return ObjectInfo(path, meta["size"], meta["last_modified"])
 
     def _key(self, path: str) -> str:
         return "/".join(p for p in (self._prefix, path.strip("/")) if p)
