@@ -9,8 +9,9 @@ Of two collectors the fence stops the older one at its next commit; what both de
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 
 from ulid import ULID
@@ -32,6 +33,7 @@ SEGMENT_BYTES = 512 << 20
 """Bound of a segment that a compaction writes; a larger range gets one of its own."""
 
 _CHUNK_BYTES = 32 << 20
+_CHUNKS_AHEAD = 2
 _FACTS_PER_COMMIT = 100_000
 _DELETE_THREADS = 8
 
@@ -170,8 +172,20 @@ def _copy(store: PopulationStore, ranges: Sequence[ByteRange]) -> dict[ByteRange
     for place in ranges:
         moves[place] = place.model_copy(update={"path": path, "offset": offset})
         offset += place.length
-    store.objects.put(path, (data for part in _chunks(ranges) for data in store.read_many(part)))
+    with ThreadPoolExecutor(1) as pool:
+        store.objects.put(path, _read_ahead(store, ranges, pool))
     return moves
+
+
+def _read_ahead(store: PopulationStore, ranges: Sequence[ByteRange], pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    """Checked bytes, a chunk ahead. Read in a thread of `pool`: obstore cannot read in the thread where it writes."""
+    ahead: deque[Future[list[bytes]]] = deque()
+    for part in _chunks(ranges):
+        ahead.append(pool.submit(store.read_many, part))
+        if len(ahead) == _CHUNKS_AHEAD:
+            yield from ahead.popleft().result()
+    for rest in ahead:
+        yield from rest.result()
 
 
 def _chunks(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
