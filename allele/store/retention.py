@@ -137,7 +137,7 @@ def plan(facts: pa.Table, objects: Iterable[ObjectInfo], *, policy: Policy, now:
 def kept_revisions(history: History, policy: Policy, now: datetime) -> dict[int, str]:
     """Revisions to keep, each with the first reason that applies."""
     standing = history.standing()
-    reasons = [
+    reasons: list[tuple[Iterable[int | None], str]] = [
         ([history.held], "held"),
         (history.exposures[-1:], "exposed"),
         ([history.served_before, *history.exposures[-2:]], "exposed before"),  # gateways fall back to it
@@ -151,7 +151,7 @@ def kept_revisions(history: History, policy: Policy, now: datetime) -> dict[int,
     kept: dict[int, str] = {}
     for revisions, reason in reasons:
         for r in revisions:
-            if r in history.committed and r not in history.retired:
+            if r is not None and r in history.committed and r not in history.retired:
                 kept.setdefault(r, reason)
     return kept
 
@@ -204,9 +204,9 @@ class _Uses:
             self._past(place, since)
         for revision, fact in history.committed.items():
             self._provenance.add(fact.provenance)
-            since = None if revision in protected else gone.get(revision)
-            self._present(fact, fact.weights, since)
-            self._present(fact, fact.state, self._now if revision in stateless else since)
+            left = None if revision in protected else gone.get(revision)
+            self._present(fact, fact.weights, left)
+            self._present(fact, fact.state, self._now if revision in stateless else left)
 
     def judge(self, objects: Iterable[ObjectInfo]) -> tuple[list[Compact], list[Delete]]:
         compact: list[Compact] = []
