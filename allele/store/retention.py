@@ -237,8 +237,9 @@ class _Uses:
         use.facts.append(fact)
 
     def _past(self, place: ByteRange, since: datetime) -> None:
+        """What is let go now waits for a later pass even without a grace period."""
         use = self._by_path.setdefault(place.path, _Use())
-        if self._now - since < self._policy.grace:
+        if since >= self._now or self._now - since < self._policy.grace:
             use.waiting[place.offset] = place.length
 
     def _is_provenance(self, path: str) -> bool:
