@@ -129,6 +129,22 @@ class Exposure(Model):
     )
 
 
+class Retention(Model):
+    """What `allele gc` keeps besides what is exposed, pinned, held, or can be resumed from."""
+
+    keep_last: int = Field(5, description="Newest revisions of each member that are kept.", ge=1, le=1_000_000)
+    every: int = Field(
+        0, description="Revisions whose number is a multiple of this are kept as well; 0: none.", ge=0, le=1_000_000
+    )
+    grace_hours: int = Field(
+        24,
+        description="Hours for which bytes stay after they are no longer needed; must be longer than the longest step "
+        "of a run.",
+        ge=1,
+        le=8760,
+    )
+
+
 class AdapterPopulationSpec(Model):
     base: BaseRef = Field(
         description="The base that all members adapt.",
@@ -162,6 +178,7 @@ class AdapterPopulationSpec(Model):
         ),
     )
     exposure: Exposure = Field(default_factory=Exposure, description="When a revision may be served.")
+    retention: Retention = Field(default_factory=Retention, description="What collection keeps.")
     adopt: bool = Field(
         False,
         description="True: take over what another object of this name left in the store, if base and shapes agree.",

@@ -20,7 +20,7 @@ from allele.protocol.commands import ByteRange
 from allele.protocol.errors import InvalidRequest
 from allele.store.errors import InvalidFact
 
-Kind = Literal["Committed", "Exposed", "Held", "Pinned", "Abandoned", "Retired"]
+Kind = Literal["Committed", "Exposed", "Held", "Pinned", "Unpinned", "Abandoned", "Retired"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 
 
@@ -29,8 +29,8 @@ class Fact:
     """What happened to one revision of one member; which fields are set depends on `kind`.
 
     Committed: the revision exists (a second one for the same revision may add its state). Exposed: it is what is
-    served. Held: serve this revision and expose no other; a Held without revision lifts it. Pinned: keep its bytes.
-    Abandoned: it belongs to a branch that was not resumed. Retired: its bytes may be gone.
+    served. Held: serve this revision and expose no other; a Held without revision lifts it. Pinned: keep its bytes,
+    until Unpinned. Abandoned: it belongs to a branch that was not resumed. Retired: its bytes may be gone.
     """
 
     kind: Kind
@@ -50,7 +50,7 @@ class Fact:
     state_offset: int | None = None
     state_length: int | None = None
     run: str = ""
-    """Uid of the run; filled in by the writer, as are `fence` and `time`."""
+    """Uid of the run; filled in by the writer, as are `fence` and `time`; a fact that is said again keeps its own."""
     fence: int = 0
     probe: tuple[float, ...] | None = None
     """The trainer's logprobs of the provenance's probe sequences, under the exported bytes."""

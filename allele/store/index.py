@@ -31,13 +31,13 @@ Entry = Fact | int
 
 @dataclasses.dataclass(slots=True)
 class _Member:
-    """The facts of a member that count: `committed` and `exposed` by revision, in their order."""
+    """The facts of a member that count, by revision in their order; `pinned`: Pinned or Unpinned, whichever is later."""
 
     committed: dict[int, Entry] = dataclasses.field(default_factory=dict)
     exposed: dict[int, Entry] = dataclasses.field(default_factory=dict)
     held: Entry | None = None
     abandoned: set[int] = dataclasses.field(default_factory=set)
-    pinned: set[int] = dataclasses.field(default_factory=set)
+    pinned: dict[int, Entry] = dataclasses.field(default_factory=dict)
     retired: set[int] = dataclasses.field(default_factory=set)
 
 
@@ -78,8 +78,8 @@ class _Known:
                 known.exposed = self._with(known.exposed, fact.revision, fact)
             case "Abandoned":
                 known.abandoned = known.abandoned | {fact.revision}
-            case "Pinned":
-                known.pinned = known.pinned | {fact.revision}
+            case "Pinned" | "Unpinned":
+                known.pinned = self._with(known.pinned, fact.revision, fact)
             case "Retired":
                 known.retired = known.retired | {fact.revision}
 
@@ -101,8 +101,9 @@ class _Known:
                     found.held = place
                 case "Abandoned":
                     found.abandoned.add(revision)
-                case "Pinned":
-                    found.pinned.add(revision)
+                case "Pinned" | "Unpinned":
+                    found.pinned.pop(revision, None)
+                    found.pinned[revision] = place
                 case "Retired":
                     found.retired.add(revision)
         return found
@@ -244,8 +245,10 @@ class Index:
         return points
 
     def is_pinned(self, member: str, revision: int) -> bool:
-        found = self._known.member(member)
-        return found is not None and revision in found.pinned
+        known = self._known
+        found = known.member(member)
+        last = None if found is None else found.pinned.get(revision)
+        return last is not None and known.fact(last).kind == "Pinned"
 
     def is_abandoned(self, member: str, revision: int) -> bool:
         found = self._known.member(member)

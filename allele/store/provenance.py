@@ -32,6 +32,8 @@ class ShapeRef(Wire):
     base_mode: BaseMode = "Untouched"
     factors: str = ""
     """Digest of the factors of the base that the adapter started from."""
+    seed: int = 0
+    """Of the group: with a member's name it seeds what it began as."""
     residual_of: str = ""
     """Digest of the base that `Provenance.base` is the residual of."""
 
@@ -74,6 +76,8 @@ class Provenance(Wire):
     shapes: dict[str, ShapeRef]
     """By group."""
     environment: str
+    environment_parameters: dict[str, Any] = Field(default_factory=dict)
+    """What it was made with, such as the name of a data set."""
     reward: str
     code_digest: str = ""
     """Of the user's code on the Python path; empty without any."""

@@ -105,15 +105,18 @@ class Writer:
         time_ = _next_time(table)
         staged = None
         if facts:
-            stamped = (
-                dataclasses.replace(
-                    f, run=self.run, fence=self.fence, time=time_, step=step if f.step is None else f.step
-                )
-                for f in facts
-            )
+            stamped = (self._stamped(f, step=step, time=time_) for f in facts)
             staged = delta.stage(self._catalogue.objects, rows.to_arrow(stamped))
             staged = dataclasses.replace(staged, modified=delta.milliseconds(time_))
         delta.commit(table, [(f"fence/{self.run}", self.fence), (f"run/{self.run}", step)], staged)
+
+    def _stamped(self, fact: Fact, *, step: int, time: datetime) -> Fact:
+        """A fact that is said again, as when its bytes have moved, stays that of the run and step that made it."""
+        if fact.run:
+            return dataclasses.replace(fact, time=time)
+        return dataclasses.replace(
+            fact, run=self.run, fence=self.fence, time=time, step=step if fact.step is None else fact.step
+        )
 
     def _settle(self) -> int:
         """A version at which the commit is visible, after compaction when that is due.

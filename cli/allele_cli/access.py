@@ -7,11 +7,13 @@ import base64
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from allele.api.store import AdapterStoreSpec
+from allele.protocol.adapters import AdapterName, parse_model
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele_cli.failure import Failure
@@ -24,6 +26,8 @@ StoreOption = Annotated[
         help="s3://bucket/prefix or file:///dir; absent: the AdapterStore of the population in the cluster.",
     ),
 ]
+Adapter = Annotated[str, typer.Argument(help="population/member or population/member@revision.")]
+PopulationArgument = Annotated[str, typer.Argument(help="Name of the population.")]
 NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", envvar="ALLELE_NAMESPACE", help="Namespace.")]
 
 
@@ -42,28 +46,59 @@ def split_uri(uri: str) -> tuple[Objects, str]:
     return Objects.open(store), name
 
 
+def parse_adapter(adapter: str, namespace: str, store: str | None) -> tuple[PopulationStore, AdapterName]:
+    """`population/member[@revision]` → the population and the name."""
+    name = parse_model(adapter, namespace)
+    return open_population(name.population, namespace=name.namespace, store=store), name
+
+
+def stores_of(namespace: str, store: str | None) -> list[tuple[str, Mapping[str, str]]]:
+    """URL and environment of the given store, else of every AdapterStore of the namespace."""
+    if store is not None:
+        return [(store, os.environ)]
+    return [_reach(AdapterStoreSpec.model_validate(o["spec"]), namespace) for o in listed("adapterstore", namespace)]
+
+
 def _store_of(population: str, namespace: str) -> str:
     """URL of the population's store; its credentials are put into this process's environment."""
     ref = get("adapterpopulation", population, namespace)["spec"]["storeRef"]
     spec = AdapterStoreSpec.model_validate(get("adapterstore", ref, namespace)["spec"])
+    url, environ = _reach(spec, namespace)
+    os.environ.update(environ)
+    return url
+
+
+def _reach(spec: AdapterStoreSpec, namespace: str) -> tuple[str, dict[str, str]]:
+    """URL of a store, and the environment that opens it."""
+    environ = dict(os.environ)
     if spec.credentials.secret_name:
         secret = get("secret", spec.credentials.secret_name, namespace)
-        os.environ.update({k: base64.b64decode(v).decode() for k, v in secret.get("data", {}).items()})
-    os.environ["AWS_REGION"] = spec.region
+        environ |= {k: base64.b64decode(v).decode() for k, v in secret.get("data", {}).items()}
+    environ["AWS_REGION"] = spec.region
     if spec.endpoint:
-        os.environ["AWS_ENDPOINT_URL"] = spec.endpoint
-        os.environ["AWS_ALLOW_HTTP"] = str(spec.endpoint.startswith("http://")).lower()
-    return f"s3://{spec.bucket}/{spec.prefix}".rstrip("/")
+        environ["AWS_ENDPOINT_URL"] = spec.endpoint
+        environ["AWS_ALLOW_HTTP"] = str(spec.endpoint.startswith("http://")).lower()
+    return f"s3://{spec.bucket}/{spec.prefix}".rstrip("/"), environ
 
 
 def get(kind: str, name: str, namespace: str) -> dict[str, Any]:
     """One object through kubectl, which knows every way to log in. Raises Failure with kubectl's words."""
-    command = ["kubectl", "get", kind, name, "--namespace", namespace, "--output", "json"]
+    return _kubectl(f"{kind} {namespace}/{name}", kind, name, "--namespace", namespace)
+
+
+def listed(kind: str, namespace: str) -> list[dict[str, Any]]:
+    """All objects of a kind in a namespace, as `get`."""
+    items: list[dict[str, Any]] = _kubectl(f"{kind} in {namespace}", kind, "--namespace", namespace)["items"]
+    return items
+
+
+def _kubectl(what: str, *words: str) -> dict[str, Any]:
+    command = ["kubectl", "get", *words, "--output", "json"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as e:
         raise Failure("--store: not given, and no kubectl to look it up in the cluster") from e
     if answer.returncode:
-        raise Failure(f"{kind} {namespace}/{name}: {answer.stderr.strip()}; give --store to read a store directly")
+        raise Failure(f"{what}: {answer.stderr.strip()}; give --store to read a store directly")
     found: dict[str, Any] = json.loads(answer.stdout)
     return found

@@ -1,4 +1,4 @@
-"""`allele members | lineage | export`: what the store says, with or without a cluster."""
+"""`allele lineage | export`: what the store says, with or without a cluster."""
 
 from __future__ import annotations
 
@@ -11,44 +11,14 @@ from rich.console import Console
 from rich.tree import Tree
 
 from allele.format import AdapterShape, export_peft
-from allele.protocol.adapters import AdapterName, parse_model
+from allele.protocol.adapters import AdapterName
 from allele.store.facts import Fact
 from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
-from allele_cli.access import NamespaceOption, StoreOption, open_population
+from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter
 from allele_cli.failure import Failure
-from allele_cli.output import Format, show
-
-FormatOption = Annotated[Format, typer.Option("--output", "-o", help="table, json or yaml.")]
-Adapter = Annotated[str, typer.Argument(help="population/member or population/member@revision.")]
-
-
-def members(
-    population: Annotated[str, typer.Argument(help="Name of the population.")],
-    namespace: NamespaceOption = "default",
-    store: StoreOption = None,
-    output: FormatOption = Format.table,
-) -> None:
-    """Every member with its newest and exposed revision.
-
-    Example: `allele members preferences --namespace allele-demo`
-    """
-    index = Index.load(open_population(population, namespace=namespace, store=store).catalogue)
-    show([_row(index, name) for name in sorted(index.members())], fmt=output)
-
-
-def _row(index: Index, member: str) -> dict[str, Any]:
-    newest, exposed = index.newest(member), index.exposed(member)
-    return {
-        "member": member,
-        "newest": newest and newest.revision,
-        "exposed": exposed and exposed.revision,
-        "step": newest and newest.step,
-        "reward": newest.metrics.get("reward") if newest else None,
-        "digest": newest.digest[:12] if newest and newest.digest else None,
-        "updated": newest.time.strftime("%Y-%m-%d %H:%M:%S") if newest and newest.time else None,
-    }
+from allele_cli.output import Format, FormatOption, show
 
 
 def lineage(
@@ -61,7 +31,7 @@ def lineage(
 
     Example: `allele lineage preferences/taste-0003 --namespace allele-demo`
     """
-    source, name = _open(adapter, namespace, store)
+    source, name = parse_adapter(adapter, namespace, store)
     chain = _chain(Index.load(source.catalogue), name)
     if output is not Format.table:
         show([_link(source, fact) for fact in chain], fmt=output)
@@ -89,7 +59,7 @@ def export(
 
     Example: `allele export preferences/taste-0003@12 --to out/adapter --namespace allele-demo`
     """
-    source, name = _open(adapter, namespace, store)
+    source, name = parse_adapter(adapter, namespace, store)
     fact = _chain(Index.load(source.catalogue), name)[0]
     if fact.weights is None or fact.provenance is None:
         raise Failure(f"{name}@{fact.revision}: expected bytes and provenance in the catalogue, found neither")
@@ -104,11 +74,6 @@ def export(
         base_name=made.base.uri,
     )
     print(f"{to}: {name.population}/{name.member}@{fact.revision} sha256:{fact.digest}")
-
-
-def _open(adapter: str, namespace: str, store: str | None) -> tuple[PopulationStore, AdapterName]:
-    name = parse_model(adapter, namespace)
-    return open_population(name.population, namespace=name.namespace, store=store), name
 
 
 def _chain(index: Index, name: AdapterName) -> list[Fact]:

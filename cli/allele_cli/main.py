@@ -12,7 +12,22 @@ import typer
 from allele.format import ShapeMismatch
 from allele.protocol.errors import ProtocolError
 from allele.store.errors import StoreError
-from allele_cli import base, catalogue, evaluate, local, report, watch
+from allele_cli import (
+    base,
+    catalogue,
+    diff,
+    evaluate,
+    gc,
+    local,
+    members,
+    report,
+    revisions,
+    rollback,
+    sql,
+    stores,
+    verify,
+    watch,
+)
 from allele_cli.failure import Failure
 from allele_driver.environments.load import EnvironmentLoadError
 from allele_driver.members import InvalidInput
@@ -27,9 +42,18 @@ app = typer.Typer(
 app.add_typer(base.app, name="base")
 app.command("run")(local.run)
 app.command("watch")(watch.watch)
-app.command("members")(catalogue.members)
+app.command("stores")(stores.stores)
+app.command("populations")(stores.populations)
+app.command("members")(members.members)
+app.command("revisions")(revisions.revisions)
 app.command("lineage")(catalogue.lineage)
+app.command("diff")(diff.diff)
 app.command("export")(catalogue.export)
+app.command("verify")(verify.verify)
+app.command("rollback")(rollback.rollback)
+app.command("pin")(rollback.pin)
+app.command("gc")(gc.gc)
+app.command("sql")(sql.sql)
 app.command("eval")(evaluate.evaluate)
 app.command("plot")(report.plot)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from allele.api.pool import QWEN3_TARGETS
 from allele.protocol.commands import AdapterSpec
@@ -18,6 +16,7 @@ from allele.store import bases
 from allele.store.factors import FactorStore
 from allele.store.objects import Objects
 from allele_cli.access import split_uri
+from allele_cli.bar import Bar
 from allele_cli.failure import Failure
 
 
@@ -79,8 +78,7 @@ def make(directory: Path, spec: AdapterSpec, *, store: Objects, name: str, dtype
     except ImportError as e:
         raise Failure(f"allele base residual: expected the trainer's libraries (allele[trainer]): {e}") from e
     source = bases.digest(directory)
-    with tempfile.TemporaryDirectory(prefix="allele-residual-") as folder, _bar() as bar:
-        tasks = {what: bar.add_task(what, total=None) for what in ("factors", "files")}
+    with tempfile.TemporaryDirectory(prefix="allele-residual-") as folder, Bar() as bar:
         write(
             directory,
             Path(folder),
@@ -88,11 +86,6 @@ def make(directory: Path, spec: AdapterSpec, *, store: Objects, name: str, dtype
             spec=spec,
             store=FactorStore(store, source),
             dtype=getattr(torch, dtype) if dtype else None,
-            progress=lambda what, done, total: bar.update(tasks[what], completed=done, total=total),
+            progress=bar.show,
         )
         return bases.put(store, name, Path(folder)).digest
-
-
-def _bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))

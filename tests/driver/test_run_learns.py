@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import urllib.request
 from collections.abc import Callable
 
+from allele.format import AdapterShape
 from allele.protocol.commands import TrainerInfo
-from tests.driver.driver_parts import DrivenRun, Pool
+from allele.store import bases
+from allele.store.verify import verify
+from tests.driver.driver_parts import BASE, EXAMPLE, DrivenRun, Pool
 
 STEPS = 14
 
@@ -52,6 +57,38 @@ def test_provenance_names_where_revisions_come_from(run: Callable[..., DrivenRun
     assert 1 <= len(found.probes) <= 4
     assert sum(len(p.completion) for p in found.probes) == len(last[0].probe or ())
     assert set(found.policy_lag) == {0}
+
+
+def test_every_digest_of_the_provenance_can_be_computed_from_its_source(run: Callable[..., DrivenRun]) -> None:
+    traced = run("recomputed", members=2, steps=2)
+    assert traced.start().wait() == 0
+    store, (group,) = traced.population, traced.bundle.population_spec.groups
+    facts = [f for found in traced.committed().values() for f in found]
+    config = json.loads((BASE / "config.json").read_bytes())
+    shape = AdapterShape.from_model(config, rank=group.adapter.rank, targets=group.adapter.targets)
+    for sha in {f.provenance or "" for f in facts}:
+        data = store.objects.get(f"provenance/{sha}.json")
+        assert sha256(data) == sha
+        found = store.read_provenance(sha)
+        assert found.base.digest == bases.digest(BASE)
+        assert found.tokenizer_digest == "sha256:" + sha256((BASE / "tokenizer.json").read_bytes())
+        assert found.code_digest == "sha256:" + sha256((EXAMPLE / "environment.py").read_bytes())
+        assert found.environment_parameters == traced.bundle.run_spec.groups[0].environment.parameters
+        assert {name: (s.digest, s.seed) for name, s in found.shapes.items()} == {
+            group.name: (shape.digest, group.seed)
+        }
+    assert {f.shape for f in facts} == {shape.digest}
+    for fact in facts:
+        assert fact.weights is not None and fact.state is not None
+        for place in (fact.weights, fact.state):
+            data = store.objects.get(place.path)[place.offset :][: place.length]
+            assert sha256(data) == place.digest
+    done = verify(store)
+    assert (done.revisions, done.damaged) == (len(facts), ())
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def test_progress_is_pushed_with_the_token_and_ends_with_success(run: Callable[..., DrivenRun]) -> None:

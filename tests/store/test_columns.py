@@ -100,7 +100,10 @@ def expected(facts: Sequence[Fact]) -> dict[str, Any]:
             "resume": {m: resume[0]} if resume else {},
             "resume x": {m: mine_of_x[0]} if mine_of_x else {},
             "flags": [
-                tuple(r in {f.revision for f in of_kind[k]} for k in ("Pinned", "Abandoned", "Retired"))
+                (
+                    [f.kind for f in mine if f.revision == r and f.kind in ("Pinned", "Unpinned")][-1:] == ["Pinned"],
+                    *(r in {f.revision for f in of_kind[k]} for k in ("Abandoned", "Retired")),
+                )
                 for r in REVISIONS
             ],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -68,6 +69,27 @@ def test_one_damaged_member_of_a_segment_does_not_spoil_the_others(store: Popula
     assert store.read(ranges["a"]) == b"a" * 400
     with pytest.raises(DigestMismatch, match="at 400"):
         store.read(ranges["b"])
+
+
+def test_a_segment_cut_before_several_members_is_refused(store: PopulationStore, damage: Damage) -> None:
+    ranges = store.write_segment({m: m.encode() * 400 for m in "abcd"})
+    damage(f"team/users/{ranges['a'].path}", lambda data: data[:600])
+    message = r"at 400: expected 400 bytes.*found 200 bytes: the object is truncated"
+    for last in "bcd":
+        wanted = [ranges[m] for m in "abcd"[: "abcd".index(last) + 1]]
+        with pytest.raises(DigestMismatch, match=message):
+            store.read_many(wanted)
+        with pytest.raises(DigestMismatch, match=message):
+            asyncio.run(store.aread_many(wanted))
+    assert store.read_many([ranges["a"]]) == [b"a" * 400]
+
+
+def test_far_ranges_are_fetched_apart(store: PopulationStore) -> None:
+    written = {m: os.urandom(700_000) for m in "abcdef"}
+    ranges = store.write_segment(written)
+    order = "facfa"
+    assert store.read_many([ranges[m] for m in order]) == [written[m] for m in order]
+    assert asyncio.run(store.aread_many([ranges[m] for m in order])) == [written[m] for m in order]
 
 
 def test_a_missing_segment_is_named(store: PopulationStore) -> None:

@@ -68,10 +68,12 @@ def provenance(
                 init=adapter.init.kind,
                 base_mode=adapter.init.base_mode,
                 factors=factors,
+                seed=next(g.seed for g in bundle.population_spec.groups if g.name == active.spec.select.group),
                 residual_of=origin.residual_of,
             )
         },
         environment=active.spec.environment.path,
+        environment_parameters=active.spec.environment.parameters,
         reward=f"{active.spec.environment.path}.score",
         code_digest=active.scorer.code_digest,
         data=DataRange(cursor=step, prompts=prompts),
