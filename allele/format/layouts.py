@@ -53,10 +53,11 @@ def match(shape: AdapterShape, found: Mapping[str, Entry], config: LoraConfig, w
     Raises ShapeMismatch for a tensor that is extra, missing, there twice, or of another shape or dtype.
     """
     expected = {e.name: e for e in shape.entries}
+    plain = config.uniform and config.rank == shape.rank
     matched: dict[str, Entry] = {}
     for name, entry in found.items():
         known = expected.get(name) or expected.get(_canonical(name))
-        if known is not None and config.uniform and (entry.dtype, entry.shape) == (known.dtype, known.shape):
+        if known is not None and plain and (entry.dtype, entry.shape) == (known.dtype, known.shape):
             pieces = [(known, entry)]
         else:
             pieces = _pieces(entry, expected, config)

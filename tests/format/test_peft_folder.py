@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 from allele.format import AdapterShape, ShapeMismatch, export_peft, import_peft
 from allele.format.shape import TARGETS
 from allele.protocol.commands import AdapterSpec
+from tests.format.folders import save
 
 IDS = torch.arange(12).reshape(1, -1)
 
@@ -158,6 +159,19 @@ def merge(model: Any, tensors: dict[str, np.ndarray], *, scale: float) -> None:
             else:
                 half = state[f"{expert[1]}.gate_up_proj"][int(expert[2])].chunk(2)
                 half[expert[3] == "up_proj"].add_(delta)
+
+
+def test_bits_are_lost_only_when_asked_and_then_rounded_to_nearest_even(
+    config: dict[str, Any], row: np.ndarray, tmp_path: Path
+) -> None:
+    shape = AdapterShape.from_model(config, rank=4, targets=TARGETS, dtype="BF16")
+    row[:6] = np.array([np.nan, -np.inf, 3.4e38, 1.00390625, 1.01171875, -0.0], dtype="<f4")  # 3 and 4 are ties
+    folder = save(tmp_path / "a", {t.name: row[t.offset : t.offset + t.numel].reshape(t.shape) for t in shape.tensors})
+    message = r"q_proj\.lora_A\S*: expected BF16 \[4, 32\], or values.*found F32 \[4, 32\]; .*--cast"
+    with pytest.raises(ShapeMismatch, match=message):
+        import_peft(folder, shape)
+    found = torch.frombuffer(bytearray(import_peft(folder, shape, cast=True).row), dtype=torch.bfloat16)
+    torch.testing.assert_close(found, torch.from_numpy(row).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_adapter_of_another_shape_is_not_exported(
