@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,8 +104,8 @@ def load_json(data: memoryview | bytes, what: str, *, expected: str) -> dict[str
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"key {next(n for n, _ in pairs if n in seen or seen.add(n))!r:.100} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"key {next(n for n, count in counts.items() if count > 1)!r:.100} twice")
     return table
 
 

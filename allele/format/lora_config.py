@@ -50,7 +50,8 @@ class Pattern(Generic[_N]):
     """`rank_pattern` or `alpha_pattern`: values for modules that a key names in full, or by the end after a dot."""
 
     def __init__(self, values: Mapping[str, _N]) -> None:
-        self._values = {key: (place, value) for place, (key, value) in enumerate(values.items())}
+        places = enumerate(values.items())
+        self._values: dict[str, tuple[int, _N]] = {key: (place, value) for place, (key, value) in places}
 
     def __bool__(self) -> bool:
         return bool(self._values)

@@ -12,7 +12,7 @@ import typer
 from allele.format import ShapeMismatch
 from allele.protocol.errors import ProtocolError
 from allele.store.errors import StoreError
-from allele_cli import base, catalogue, evaluate, local, report, watch
+from allele_cli import base, catalogue, evaluate, local, report, transfer, watch
 from allele_cli.failure import Failure
 from allele_driver.environments.load import EnvironmentLoadError
 from allele_driver.members import InvalidInput
@@ -29,7 +29,8 @@ app.command("run")(local.run)
 app.command("watch")(watch.watch)
 app.command("members")(catalogue.members)
 app.command("lineage")(catalogue.lineage)
-app.command("export")(catalogue.export)
+app.command("export")(transfer.export)
+app.command("import")(transfer.import_)
 app.command("eval")(evaluate.evaluate)
 app.command("plot")(report.plot)
 
