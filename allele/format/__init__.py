@@ -5,13 +5,15 @@ thousands of adapters are read, checked and copied as flat buffers and never ten
 """
 
 from allele.format.errors import ShapeMismatch
-from allele.format.peft import adapter_config, export_peft, import_peft
+from allele.format.importing import Imported, import_peft
+from allele.format.peft import adapter_config, export_peft
 from allele.format.shape import AdapterShape, Dtype, TensorSlot
 from allele.format.state import State, StateShape
 
 __all__ = [
     "AdapterShape",
     "Dtype",
+    "Imported",
     "ShapeMismatch",
     "State",
     "StateShape",

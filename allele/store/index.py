@@ -31,7 +31,7 @@ Entry = Fact | int
 
 @dataclasses.dataclass(slots=True)
 class _Member:
-    """The facts of a member that count, by revision in their order; `pinned`: Pinned or Unpinned, whichever is later."""
+    """The facts of a member that count, by revision in their order; `pinned`: the last Pinned or Unpinned."""
 
     committed: dict[int, Entry] = dataclasses.field(default_factory=dict)
     exposed: dict[int, Entry] = dataclasses.field(default_factory=dict)

@@ -54,6 +54,14 @@ class DataRange(Wire):
     prompts: int
 
 
+class ImportRef(Wire):
+    """The folder that a revision was imported from."""
+
+    folder: str
+    sha256: str
+    """Of its adapter_model.safetensors."""
+
+
 class Versions(Wire):
     allele: str
     torch: str = ""
@@ -91,6 +99,8 @@ class Provenance(Wire):
     probes: tuple[ProbeSequence, ...] = ()
     seconds: dict[str, float] = Field(default_factory=dict)
     """What the step cost by stage; of commit and expose, which come later, it has those of the step before."""
+    imported: ImportRef | None = None
+    """Instead of a run that trained."""
     time: AwareDatetime | datetime
 
     def encode(self) -> bytes:

@@ -1,20 +1,15 @@
-"""`allele lineage | export`: what the store says, with or without a cluster."""
+"""`allele lineage`: where a revision came from."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.tree import Tree
 
-from allele.format import AdapterShape, export_peft
 from allele.protocol.adapters import AdapterName
 from allele.store.facts import Fact
 from allele.store.index import Index
-from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter
 from allele_cli.failure import Failure
@@ -47,33 +42,6 @@ def lineage(
                 at.add(f"{key.replace('_', ' ')}: {link[key]}")
     tree.add(f"base {_link(source, chain[-1])['base']}")
     Console().print(tree)
-
-
-def export(
-    adapter: Adapter,
-    to: Annotated[Path, typer.Option(help="Folder to write adapter_model.safetensors and adapter_config.json into.")],
-    namespace: NamespaceOption = "default",
-    store: StoreOption = None,
-) -> None:
-    """Write a revision as a folder that PEFT, vLLM and SGLang load.
-
-    Example: `allele export preferences/taste-0003@12 --to out/adapter --namespace allele-demo`
-    """
-    source, name = parse_adapter(adapter, namespace, store)
-    fact = _chain(Index.load(source.catalogue), name)[0]
-    if fact.weights is None or fact.provenance is None:
-        raise Failure(f"{name}@{fact.revision}: expected bytes and provenance in the catalogue, found neither")
-    made = source.read_provenance(fact.provenance)
-    spec = made.shapes[fact.group]
-    config = json.loads(Objects.open(made.base.uri).get("config.json"))
-    export_peft(
-        source.read(fact.weights),
-        to,
-        shape=AdapterShape.from_model(config, rank=spec.stored_rank, targets=spec.targets),
-        scale=spec.scale,
-        base_name=made.base.uri,
-    )
-    print(f"{to}: {name.population}/{name.member}@{fact.revision} sha256:{fact.digest}")
 
 
 def _chain(index: Index, name: AdapterName) -> list[Fact]:

@@ -25,6 +25,7 @@ from allele_cli import (
     rollback,
     sql,
     stores,
+    transfer,
     verify,
     watch,
 )
@@ -48,7 +49,8 @@ app.command("members")(members.members)
 app.command("revisions")(revisions.revisions)
 app.command("lineage")(catalogue.lineage)
 app.command("diff")(diff.diff)
-app.command("export")(catalogue.export)
+app.command("export")(transfer.export)
+app.command("import")(transfer.import_)
 app.command("verify")(verify.verify)
 app.command("rollback")(rollback.rollback)
 app.command("pin")(rollback.pin)

@@ -81,7 +81,7 @@ def test_unknown_population_and_member_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "watch", "members", "lineage", "export", "eval", "plot", "base put", "base residual"]
+    "command", ["run", "watch", "members", "lineage", "export", "import", "eval", "plot", "base put", "base residual"]
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = allele(*command.split(), "--help")
