@@ -198,6 +198,12 @@ def test_two_states_stay_to_resume_from(world: World) -> None:
     assert all(known[r].weights is not None and known[r].run == "run" for r in known)
 
 
+def test_a_revision_does_not_become_young_again_when_its_state_goes(world: World) -> None:
+    revisions(world, 6, state=True)
+    world.apply(world.plan(Policy(keep_last=6)))
+    assert retired(world.plan()) == [("m", 1), ("m", 2), ("m", 3), ("m", 4)]
+
+
 def test_states_of_pinned_and_served_revisions_stay(world: World) -> None:
     revisions(world, 6, state=True)
     world.event("Pinned", "m", 1)
