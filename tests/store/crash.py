@@ -174,7 +174,9 @@ def check_rest(store: PopulationStore, prepared: Prepared, acknowledged: Iterabl
     table = store.catalogue.snapshot()
     newest = (table.transaction_version(f"run/{RUN}") or 0) if table is not None else 0
     found = Counter(key(f) for f in store.catalogue.facts())
-    assert found == prepared.at(newest), f"not whole steps: {found - prepared.at(newest)}, {prepared.at(newest) - found}"
+    assert found == prepared.at(newest), (
+        f"not whole steps: {found - prepared.at(newest)}, {prepared.at(newest) - found}"
+    )
     numbered = [s for s, o in enumerate(prepared.operations, prepared.first) if o not in scenarios.UNNUMBERED]
     done = max(acknowledged, default=0)
     committed = max((s for s in numbered if s <= done), default=0)
