@@ -68,10 +68,10 @@ def serve(root: Path, *options: str) -> Iterator[S3Server]:
     }
     (root / "data").mkdir()
     (root / "sidecar").mkdir()
+    folders = ["--sidecar", root / "sidecar", root / "data"]
     log = (root / "log").open("wb")
     server = subprocess.Popen(
-        [versitygw(), "--quiet", "--port", f"127.0.0.1:{port}", *options]
-        + ["posix", "--sidecar", root / "sidecar", root / "data"],
+        [versitygw(), "--quiet", "--port", f"127.0.0.1:{port}", *options, "posix", *folders],
         env={
             "PATH": os.environ["PATH"],
             "ROOT_ACCESS_KEY": environ["AWS_ACCESS_KEY_ID"],
