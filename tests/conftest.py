@@ -15,8 +15,10 @@ SLOW = (
     "cli/test_bad_input",  # a process of its own for each case
     "format/test_peft_folder",  # imports torch
     "store/test_capability",
-    "store/test_commit_once",
-    "store/test_fence",
+    "store/test_crash_at_every_write",
+    "store/test_faults",
+    "store/test_writers_at_once",
+    "store/test_credentials",
     "planning/test_admission",
     "planning/test_convergence",
 )

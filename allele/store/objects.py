@@ -62,6 +62,8 @@ def s3_options(environ: Mapping[str, str]) -> dict[str, str]:
         "aws_role_arn": environ.get("AWS_ROLE_ARN", ""),
         "aws_role_session_name": environ.get("AWS_ROLE_SESSION_NAME", ""),
         "aws_container_credentials_relative_uri": environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ""),
+        "aws_container_credentials_full_uri": environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI", ""),
+        "aws_container_authorization_token_file": environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", ""),
     }
     allow_http = environ.get("AWS_ALLOW_HTTP", "").lower() == "true" or endpoint.startswith("http://")
     return {k: v for k, v in options.items() if v} | {"aws_allow_http": str(allow_http).lower()}

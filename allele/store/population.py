@@ -6,7 +6,6 @@ sha256 checked; what exists is said by the catalogue alone. `population.json` sa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -183,10 +182,13 @@ class PopulationStore:
         return [found[i] for i in range(len(ranges))]
 
     def write_provenance(self, provenance: Provenance) -> str:
-        """Store it under its sha256 and return that; writing the same again is free."""
+        """Store it under its sha256 and return that.
+
+        Written even if it is there: a refused create does not prove that (S3 answers 409 to a race that both may
+        lose), and what an earlier attempt left may be collected at any time but for its new date.
+        """
         sha = provenance.sha256
-        with contextlib.suppress(AlreadyExists):  # the name is the content
-            self.objects.create(f"provenance/{sha}.json", provenance.encode())
+        self.objects.put(f"provenance/{sha}.json", provenance.encode())
         return sha
 
     def read_provenance(self, sha256: str) -> Provenance:

@@ -55,7 +55,7 @@ def versitygw() -> Path:
 
 
 @contextlib.contextmanager
-def serve(root: Path) -> Iterator[S3Server]:
+def serve(root: Path, *options: str) -> Iterator[S3Server]:
     """An S3 server with an empty bucket, its files below `root`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,9 +68,10 @@ def serve(root: Path) -> Iterator[S3Server]:
     }
     (root / "data").mkdir()
     (root / "sidecar").mkdir()
+    folders = ["--sidecar", root / "sidecar", root / "data"]
     log = (root / "log").open("wb")
     server = subprocess.Popen(
-        [versitygw(), "--quiet", "--port", f"127.0.0.1:{port}", "posix", "--sidecar", root / "sidecar", root / "data"],
+        [versitygw(), "--quiet", "--port", f"127.0.0.1:{port}", *options, "posix", *folders],
         env={
             "PATH": os.environ["PATH"],
             "ROOT_ACCESS_KEY": environ["AWS_ACCESS_KEY_ID"],

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +10,6 @@ import pytest
 from allele.protocol.errors import InvalidRequest
 from allele.store import Fact, Index, InvalidFact, PopulationStore, StoreUnavailable, delta
 from allele.store import writer as writer_module
-
-PUBLISHER = Path(__file__).with_name("publisher.py")
 
 
 def facts(store: PopulationStore) -> list[tuple[str, int | None]]:
@@ -93,24 +87,6 @@ def test_a_store_that_stays_away_is_said_to_be_unavailable(
         writer.commit(1, [committed("a", 1)])
     monkeypatch.undo()
     assert facts(store) == []
-
-
-@pytest.mark.parametrize("point", ["before-commit", "before-append"])
-def test_a_killed_writer_leaves_nothing_visible(
-    store_url: str, store: PopulationStore, committed: Callable[..., Fact], point: str
-) -> None:
-    writer = store.catalogue.start("run")
-    writer.commit(1, [committed("a", 1)])
-    killed = subprocess.run([sys.executable, PUBLISHER, store_url, "run=a", "--die", point])
-    assert killed.returncode == -signal.SIGKILL
-    assert len(list(store.objects.list("segments"))) == 2, "the segment of the killed writer is there"
-    index = Index.load(store.catalogue)
-    assert facts(store) == [("a", 1)]
-    assert index.next_revision("a") == 2
-    successor = store.catalogue.start("run")
-    assert successor.last_step == 1
-    successor.commit(2, [committed("a", 2)])
-    assert facts(store) == [("a", 1), ("a", 2)]
 
 
 def test_a_commit_with_one_bad_fact_writes_nothing(store: PopulationStore, committed: Callable[..., Fact]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,32 +68,33 @@ def test_a_commit_is_done_once_whatever_its_log_entry_meets(
 
 
 @pytest.mark.parametrize(
-    ("operation", "before"),
-    [(publish, BEFORE), (expose, BEFORE), (compact, BEFORE), (FRESH, ())],
-    ids=["publish", "expose", "compact", "first work"],
+    ("operations", "before"),
+    [((publish,), BEFORE), ((compact,), BEFORE), (FRESH, ())],
+    ids=["publish", "compact", "first work"],
 )
-def test_each_request_meets_each_fault(
-    laboratory: Laboratory, operation: Operation | tuple[Operation, ...], before: tuple[Operation, ...]
+def test_each_request_meets_faults(
+    laboratory: Laboratory, operations: tuple[Operation, ...], before: tuple[Operation, ...]
 ) -> None:
-    """Every write meets every fault; every read meets two of them, in turn."""
-    prepared = laboratory.prepare(operation if isinstance(operation, tuple) else (operation,), before=before)
+    """Every write meets three faults, every fourth read one, in turn, so that each kind of either meets all of them."""
+    prepared = laboratory.prepare(operations, before=before)
+    faults = itertools.cycle(WRITE_FAULTS)
     rules = [
-        dataclasses.replace(fault, methods=scenarios.WRITES, nth=nth)
+        dataclasses.replace(next(faults), methods=scenarios.WRITES, nth=nth)
         for nth in range(1, prepared.writes + 1)
-        for fault in WRITE_FAULTS
+        for _ in range(3)
     ]
-    reads = len(prepared.requests) - prepared.writes
-    for nth in range(1, reads * 3 // 4):  # how many there are varies a little, as delta-rs reads ahead
-        faults = (READ_FAULTS[nth % 6], READ_FAULTS[(nth + 3) % 6])
-        rules += [dataclasses.replace(fault, methods=("GET", "HEAD"), nth=nth) for fault in faults]
+    faults = itertools.cycle(READ_FAULTS)
+    reads = sum(not request.startswith(scenarios.WRITES) for request in prepared.requests)
+    rules += [  # how many reads there are varies, as delta-rs reads ahead
+        dataclasses.replace(next(faults), methods=("GET", "HEAD"), nth=nth) for nth in range(1, reads * 3 // 4, 4)
+    ]
     disturb_all(laboratory, prepared, rules)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_store_that_answers_badly_all_the_time(laboratory: Laboratory, seed: int) -> None:
-    prepared = laboratory.prepare((publish, expose, compact, publish), before=BEFORE)
+def test_a_store_that_answers_badly_all_the_time(laboratory: Laboratory) -> None:
+    prepared = laboratory.prepare((publish, expose, compact), before=BEFORE)
     faults = [*WRITE_FAULTS, *READ_FAULTS]
-    disturb_all(laboratory, prepared, [dataclasses.replace(f, times=0, share=0.2, seed=seed) for f in faults])
+    disturb_all(laboratory, prepared, [dataclasses.replace(f, times=0, share=0.2, seed=1) for f in faults])
 
 
 def disturb_all(laboratory: Laboratory, prepared: Prepared, rules: list[Rule]) -> None:

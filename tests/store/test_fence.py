@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from allele.store import Catalogue, Fact, FencedError, PopulationStore, Writer
-
-PUBLISHER = Path(__file__).with_name("publisher.py")
 
 
 def visible(store: PopulationStore) -> list[tuple[str, int | None, int]]:
@@ -118,18 +113,3 @@ def test_writers_starting_at_once_get_different_fences(store: PopulationStore) -
     for thread in threads:
         thread.join()
     assert len(set(fences)) == 4
-
-
-def test_eight_runs_publish_at_once_and_lose_nothing(store_url: str, store: PopulationStore) -> None:
-    steps, runs = 3, 8
-    names = {f"run-{run}": [f"r{run}-{i}" for i in range(2)] for run in range(runs)}
-    publishers = [f"{run}={','.join(members)}" for run, members in names.items()]
-    processes = [  # four runs in each, as starting eight interpreters is what would take long
-        subprocess.Popen([sys.executable, PUBLISHER, store_url, *publishers[i : i + 4], "--steps", str(steps)])
-        for i in range(0, runs, 4)
-    ]
-    assert [p.wait(120) for p in processes] == [0] * len(processes)
-    found = sorted((f.member, f.revision) for f in store.catalogue.facts())
-    assert found == sorted((m, step + 1) for members in names.values() for m in members for step in range(steps))
-    committed = [f.weights for f in store.catalogue.facts() if f.weights]
-    assert len(store.read_many(committed)) == runs * steps * 2

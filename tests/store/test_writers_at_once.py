@@ -73,10 +73,12 @@ def test_a_frozen_driver_that_wakes_after_its_successor_committed_is_refused(
     assert sum(was_in for _, was_in in outcomes) < ROUNDS / 4, "most rounds freeze before the commit"
 
 
+@pytest.mark.parametrize("kind", ["file", "s3"])
 def test_concurrent_publishers_lose_nothing_and_readers_see_only_what_was_committed(
-    laboratory: Laboratory, proxy: Proxy, tmp_path: Path
+    laboratory: Laboratory, proxy: Proxy, tmp_path: Path, kind: str
 ) -> None:
-    steps, url = 3, laboratory.fresh_url()
+    """Over the server, some requests fail and some replies are lost all the time."""
+    steps, url = 2, laboratory.fresh_url() if kind == "s3" else f"file://{tmp_path}/store"
     names = {f"run-{run}": [f"r{run}-{i}" for i in range(2)] for run in range(RUNS)}
     bad_days = [
         Rule(action="answer", status=503, path=scenarios.path_of(url), times=0, share=0.02, seed=1),
@@ -99,7 +101,7 @@ def test_concurrent_publishers_lose_nothing_and_readers_see_only_what_was_commit
     read_while(lambda: any(p.is_alive() for p in publishers), store, Recorder(history / "reader"))
     assert [p.exitcode for p in publishers] == [0] * RUNS
     hits = [proxy.remove(number)[1] for number in numbers]
-    assert min(hits) > 0
+    assert kind == "file" or min(hits) > 0
     found = sorted((f.member, f.revision) for f in store.catalogue.facts() if f.kind == "Committed")
     assert found == sorted((m, r) for members in names.values() for m in members for r in range(1, steps + 1))
     check_bytes(store)
