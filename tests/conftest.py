@@ -14,6 +14,7 @@ SLOW = (
     "trainer/",  # imports torch and Megatron, a minute in all
     "cli/test_bad_input",  # a process of its own for each case
     "format/test_peft_folder",  # imports torch
+    "format/test_round_trips",  # thousands of examples
     "store/test_capability",
     "store/test_crash_at_every_write",
     "store/test_faults",

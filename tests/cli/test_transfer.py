@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,24 +180,33 @@ def test_another_scale_is_folded_only_when_asked(
         np.testing.assert_array_equal(got, shape.views(row)[name] * (0.5 if ".lora_B." in name else 1))
 
 
+@pytest.mark.parametrize("before", ["write_segment", "write_provenance"])
 def test_two_imports_at_once_do_not_take_one_revision(
-    store: PopulationStore, shape: AdapterShape, allele: Allele, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: PopulationStore,
+    shape: AdapterShape,
+    allele: Allele,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str,
 ) -> None:
-    """The second begins and ends between the first one's look at the revisions and its commit."""
+    """Another begins and ends inside the first: before its start it is seen, after it the first one is fenced off."""
     trained(store, shape, "ann")
     folder = export_peft(shape.pack(values(shape, 1)), tmp_path / "f", shape=shape, scale=SCALE, base_name="tiny")
-    real, inner = PopulationStore.write_provenance, list[tuple[int, str, str]]()
+    real, inner = getattr(PopulationStore, before), list[tuple[int, str, str]]()
 
-    def another_first(self: PopulationStore, provenance: Provenance) -> str:
-        monkeypatch.setattr(PopulationStore, "write_provenance", real)
+    def another_first(self: PopulationStore, *arguments: Any) -> Any:
+        monkeypatch.setattr(PopulationStore, before, real)
         inner.append(allele("import", "users/ann", folder))
-        return real(self, provenance)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(PopulationStore, "write_provenance", another_first)
-    code, _, err = allele("import", "users/ann", folder)
-    assert inner[0][:2] == (0, inner[0][1]) and inner[0][1].startswith("users/ann@2 ")
-    assert code == 1 and "a newer driver of this run has started" in err
-    assert Index.load(store.catalogue).next_revision("ann") == 3
+    monkeypatch.setattr(PopulationStore, before, another_first)
+    code, out, err = allele("import", "users/ann", folder)
+    assert inner[0][0] == 0 and inner[0][1].startswith("users/ann@2 ")
+    if before == "write_segment":
+        assert code == 0 and out.startswith("users/ann@3 ")
+    else:
+        assert code == 1 and "a newer driver of this run has started" in err
+        assert Index.load(store.catalogue).next_revision("ann") == 3
 
 
 @pytest.mark.parametrize(

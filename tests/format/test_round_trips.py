@@ -24,7 +24,7 @@ from tests.format.folders import save, save_bf16
 
 FUZZ = int(os.environ.get("ALLELE_FUZZ", "1"))
 quick = settings(deadline=None, max_examples=40 * FUZZ, suppress_health_check=list(HealthCheck))
-many = settings(deadline=None, max_examples=300 * FUZZ, suppress_health_check=list(HealthCheck))
+many = settings(deadline=None, max_examples=200 * FUZZ, suppress_health_check=list(HealthCheck))
 
 
 @st.composite
