@@ -108,13 +108,13 @@ def _wrong(store: PopulationStore, chunk: Sequence[ByteRange]) -> list[tuple[Byt
         parts = store.objects.get_ranges(path, [r.offset for r in chunk], [r.length for r in chunk])
     except ObjectNotFound:
         return [(r, "no such object") for r in chunk]
-    except StoreUnavailable:  # a range beyond the end fails the request for all
+    except StoreUnavailable:  # a range that begins beyond the end fails the request for all
         size = store.objects.head(path).size
-        whole = [r for r in chunk if r.offset + r.length <= size]
-        if len(whole) == len(chunk):
+        begun = [r for r in chunk if r.offset < size]
+        if len(begun) == len(chunk):
             raise
-        cut = [(r, f"{max(0, size - r.offset)} of {r.length} bytes") for r in chunk if r not in whole]
-        return cut + (_wrong(store, whole) if whole else [])
+        missing = [(r, f"0 of {r.length} bytes") for r in chunk if r.offset >= size]
+        return missing + (_wrong(store, begun) if begun else [])
     found = ((r, b, hashlib.sha256(b).hexdigest()) for r, b in zip(chunk, parts, strict=True))
     return [
         (r, digest if len(b) == r.length else f"{len(b)} of {r.length} bytes")
