@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from allele.protocol.errors import DigestMismatch
-from allele.store import StoreUnavailable
+from allele.store import Fact, StoreUnavailable
 from tests.store import scenarios
 from tests.store.crash import Laboratory, Prepared
-from tests.store.proxy import Proxy, Rule
+from tests.store.proxy import Action, Proxy, Rule
 from tests.store.scenarios import BEFORE, FRESH, Operation, compact, expose, publish
 
 AT_ONCE = 8
@@ -65,6 +65,21 @@ def test_a_commit_is_done_once_whatever_its_log_entry_meets(
     for nth in (1, 2):
         rule = dataclasses.replace(fault, path=LOG_ENTRY, methods=("PUT",), nth=nth)
         assert laboratory.disturb(expose_once, rule) is None, "expected success after retries"
+
+
+@pytest.mark.parametrize("action", ["truncate", "reset-reply"])
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_commit_looks_again_when_the_log_cannot_be_listed(
+    laboratory: Laboratory, expose_once: Prepared, proxy: Proxy, action: Action, nth: int
+) -> None:
+    """The libraries do not ask again for a listing that breaks off."""
+    url = laboratory.fresh(expose_once)
+    store = scenarios.open_store(url, proxy.environ)
+    writer, before = store.catalogue.start(scenarios.RUN), len(store.catalogue.facts())
+    with proxy.rule(Rule(action=action, path=scenarios.path_of(url) + ".*&start-after", nth=nth)) as number:
+        writer.commit(expose_once.first, [Fact(kind="Exposed", member="m0", revision=1)])
+        assert proxy.count(number)[1] == 1
+    assert len(store.catalogue.facts()) == before + 1
 
 
 @pytest.mark.parametrize(
