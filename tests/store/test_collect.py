@@ -173,6 +173,28 @@ def test_compaction_moves_what_is_live_and_nothing_else_changes(sparse: Populati
     assert not passes.collect().plan
 
 
+def test_a_state_that_goes_in_the_pass_that_moves_its_weights_does_not_come_back(
+    store: PopulationStore, passes: Passes
+) -> None:
+    for step in range(1, 5):
+        publish(store, step, ["a", "b", "c", "d"])
+    writer = store.catalogue.start("someone")
+    events = [Fact(kind="Exposed", member="d", revision=1), Fact(kind="Pinned", member="d", revision=1)]
+    writer.commit(1, events)
+    writer.commit(2, [Fact(kind="Exposed", member="d", revision=2)])
+    passes.later()
+    passes.collect()
+    writer.commit(3, [Fact(kind="Unpinned", member="d", revision=1)])
+    before = Index.load(store.catalogue).get("d", 1)
+    assert before is not None and before.state is not None
+    passes.later()
+    done = passes.collect()
+    assert [(d.fact.member, d.fact.revision) for d in done.plan.drop] == [("d", 1)]
+    after = Index.load(store.catalogue).get("d", 1)
+    assert after is not None and after.segment != before.segment and after.state is None
+    assert readable(store)["d", 1] == (b"d 1 " * 50, None)
+
+
 def test_a_reader_with_the_old_place_reads_until_a_later_pass(sparse: PopulationStore, passes: Passes) -> None:
     old = Index.load(sparse.catalogue).get("d", 2)
     assert old is not None and old.weights is not None and old.state is not None

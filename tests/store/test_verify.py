@@ -84,8 +84,10 @@ def test_what_lies_far_behind_a_cut_does_not_hide_what_is_before_it(whole: Popul
     written = whole.write_segment({"d": b"d" * 100, "gap": bytes(2 << 20), "e": b"e" * 100})
     facts = [Fact.committed(member=m, revision=1, weights=written[m], group="g", shape="d") for m in "de"]
     whole.catalogue.start("run").commit(9, facts)
-    damage(f"team/users/{written['d'].path}", lambda data: data[:150])
-    assert [(d.member, d.found) for d in verify(whole).damaged] == [("e", "0 of 100 bytes")]
+    damage(f"team/users/{written['d'].path}", lambda data: b"!" + data[1:150])
+    first, second = verify(whole).damaged
+    assert (first.member, first.expected) == ("d", written["d"].digest)
+    assert (second.member, second.found) == ("e", "0 of 100 bytes")
 
 
 def test_a_missing_object_names_all_that_were_in_it(whole: PopulationStore) -> None:
