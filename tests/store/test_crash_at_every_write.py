@@ -17,7 +17,7 @@ from tests.store.scenarios import BEFORE, FRESH, LIFE, SCENARIOS, Death, doomed,
 AT_ONCE = 4
 """Kills; most of one is waiting."""
 
-MOMENTS = 40
+MOMENTS = 20
 
 
 def kill_all(laboratory: Laboratory, prepared: Prepared, deaths: Iterable[tuple[Death, ...]]) -> None:
@@ -41,7 +41,7 @@ def test_killed_at_every_write(laboratory: Laboratory, name: str) -> None:
 
 def test_killed_at_many_writes_of_a_longer_life(laboratory: Laboratory) -> None:
     prepared = laboratory.prepare(LIFE, before=BEFORE)
-    kill_all(laboratory, prepared, every_write(prepared)[::3])
+    kill_all(laboratory, prepared, every_write(prepared)[::7])
 
 
 def test_killed_at_every_write_of_the_first_work_on_a_population(laboratory: Laboratory) -> None:
@@ -51,7 +51,7 @@ def test_killed_at_every_write_of_the_first_work_on_a_population(laboratory: Lab
 
 def test_successors_killed_as_well(laboratory: Laboratory) -> None:
     prepared = laboratory.prepare(some(seed=5), before=BEFORE)
-    deaths = [(Death(n, True), Death(1 + n % 4, n % 2 == 0), Death(2, False)) for n in range(1, prepared.writes + 1, 3)]
+    deaths = [(Death(n, True), Death(1 + n % 4, n % 2 == 0), Death(2, False)) for n in range(1, prepared.writes + 1, 5)]
     kill_all(laboratory, prepared, deaths)
 
 
