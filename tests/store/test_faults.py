@@ -90,7 +90,7 @@ def test_a_commit_looks_again_when_the_log_cannot_be_listed(
 def test_each_request_meets_faults(
     laboratory: Laboratory, operations: tuple[Operation, ...], before: tuple[Operation, ...]
 ) -> None:
-    """Every write meets two faults, every sixth read one, in turn; `make soak-store` has them meet more."""
+    """Every write meets two faults, every sixth read one, in turn."""
     prepared = laboratory.prepare(operations, before=before)
     faults = itertools.cycle(WRITE_FAULTS)
     rules = [
