@@ -43,7 +43,7 @@ class Policy:
     runs: frozenset[str] = frozenset()
     """Uids of runs that may go on: the state that each would resume from is kept."""
     grace: timedelta = timedelta(hours=24)
-    """Nothing younger is touched, and bytes stay this long after the fact that says they may go."""
+    """No revision or object younger than this goes, and bytes stay this long after the fact that says they may go."""
     vacuum: timedelta = timedelta(days=7)
     """Age at which a parquet file that the catalogue does not name is removed, as in Delta's own vacuum; never below
     `grace`. A writer that stood still for longer between writing a file and naming it would damage the catalogue."""
