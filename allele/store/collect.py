@@ -22,7 +22,7 @@ from allele.store import delta
 from allele.store.catalogue import FOLDER, Catalogue
 from allele.store.errors import ObjectNotFound
 from allele.store.facts import Fact
-from allele.store.population import PopulationStore
+from allele.store.population import PopulationStore, chunks
 from allele.store.retention import FOLDERS, Compact, Delete, Plan, Policy, plan
 from allele.store.writer import Writer
 
@@ -180,24 +180,12 @@ def _copy(store: PopulationStore, ranges: Sequence[ByteRange]) -> dict[ByteRange
 def _read_ahead(store: PopulationStore, ranges: Sequence[ByteRange], pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """Checked bytes, a chunk ahead. Read in a thread of `pool`: obstore cannot read in the thread where it writes."""
     ahead: deque[Future[list[bytes]]] = deque()
-    for part in _chunks(ranges):
+    for part in chunks(ranges, most=_CHUNK_BYTES):
         ahead.append(pool.submit(store.read_many, part))
         if len(ahead) == _CHUNKS_AHEAD:
             yield from ahead.popleft().result()
     for rest in ahead:
         yield from rest.result()
-
-
-def _chunks(ranges: Sequence[ByteRange]) -> Iterator[list[ByteRange]]:
-    part: list[ByteRange] = []
-    size = 0
-    for place in ranges:
-        if part and size + place.length > _CHUNK_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(place)
-        size += place.length
-    yield part
 
 
 def _with_places(fact: Fact, moves: dict[ByteRange, ByteRange]) -> Fact:

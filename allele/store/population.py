@@ -220,6 +220,20 @@ class PopulationStore:
             self._check_length(where, end)
 
 
+def chunks(ranges: Iterable[ByteRange], *, most: int) -> Iterator[list[ByteRange]]:
+    """Ranges in their order, in parts of one object and of at most `most` bytes, or of one larger range."""
+    part: list[ByteRange] = []
+    size = 0
+    for place in ranges:
+        if part and (place.path != part[0].path or size + place.length > most):
+            yield part
+            part, size = [], 0
+        part.append(place)
+        size += place.length
+    if part:
+        yield part
+
+
 def _by_path(ranges: Sequence[ByteRange]) -> Iterator[tuple[str, list[int]]]:
     """Object → positions in `ranges` of what is wanted from it."""
     paths: dict[str, list[int]] = {}

@@ -14,7 +14,7 @@ from allele.protocol.errors import DigestMismatch
 from allele.store.errors import ObjectNotFound, StoreUnavailable
 from allele.store.facts import Fact
 from allele.store.index import Index
-from allele.store.population import RECORD, PopulationStore
+from allele.store.population import RECORD, PopulationStore, chunks
 
 _THREADS = 8
 _CHUNK_BYTES = 16 << 20
@@ -65,7 +65,7 @@ def verify(
     done = 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for what, places in (("weights", weights), ("state", state)):
-            for chunk, wrong in pool.map(lambda c: (c, _wrong(store, c)), _chunks(places)):
+            for chunk, wrong in pool.map(lambda c: (c, _wrong(store, c)), chunks(places, most=_CHUNK_BYTES)):
                 done += sum(r.length for r in chunk)
                 progress(done, total)
                 damaged += [_damage(f, what, place, found) for place, found in wrong for f in places[place]]
@@ -87,18 +87,6 @@ def _by_place(facts: Iterator[tuple[Fact, ByteRange | None]]) -> dict[ByteRange,
         if place is not None:
             found.setdefault(place, []).append(fact)
     return dict(sorted(found.items(), key=lambda item: (item[0].path, item[0].offset)))
-
-
-def _chunks(places: _Places) -> Iterator[list[ByteRange]]:
-    """Neighbouring ranges of one object."""
-    chunk: list[ByteRange] = []
-    for place in places:
-        if chunk and (place.path != chunk[0].path or sum(r.length for r in chunk) + place.length > _CHUNK_BYTES):
-            yield chunk
-            chunk = []
-        chunk.append(place)
-    if chunk:
-        yield chunk
 
 
 def _wrong(store: PopulationStore, chunk: Sequence[ByteRange]) -> list[tuple[ByteRange, str]]:

@@ -14,6 +14,8 @@ import typer
 
 from allele.api.store import AdapterStoreSpec
 from allele.protocol.adapters import AdapterName, parse_model
+from allele.store.facts import Fact
+from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele_cli.failure import Failure
@@ -50,6 +52,22 @@ def parse_adapter(adapter: str, namespace: str, store: str | None) -> tuple[Popu
     """`population/member[@revision]` → the population and the name."""
     name = parse_model(adapter, namespace)
     return open_population(name.population, namespace=name.namespace, store=store), name
+
+
+def asked(index: Index, name: AdapterName) -> Fact:
+    """The Committed fact of the named revision, or of the newest. Raises Failure where there is none."""
+    if name.member not in index:
+        raise unknown(name)
+    fact = index.newest(name.member) if name.revision is None else index.get(name.member, name.revision)
+    if fact is None:
+        raise Failure(f"{name}: no such committed revision; the newest is {index.next_revision(name.member) - 1}")
+    return fact
+
+
+def unknown(name: AdapterName) -> Failure:
+    return Failure(
+        f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`"
+    )
 
 
 def stores_of(namespace: str, store: str | None) -> list[tuple[str, Mapping[str, str]]]:

@@ -11,8 +11,7 @@ from allele.protocol.adapters import AdapterName
 from allele.store.facts import Fact
 from allele.store.index import Index
 from allele.store.population import PopulationStore
-from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter
-from allele_cli.failure import Failure
+from allele_cli.access import Adapter, NamespaceOption, StoreOption, asked, parse_adapter
 from allele_cli.output import Format, FormatOption, show
 
 
@@ -46,15 +45,8 @@ def lineage(
 
 def _chain(index: Index, name: AdapterName) -> list[Fact]:
     """The asked revision (default: newest) and its parents."""
-    if name.member not in index:
-        raise Failure(
-            f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`"
-        )
-    at = index.newest(name.member) if name.revision is None else index.get(name.member, name.revision)
-    if at is None:
-        raise Failure(f"{name}: no such committed revision; the newest is {index.next_revision(name.member) - 1}")
-    chain = [at]
-    while at.parent is not None and (at := index.get(name.member, at.parent)) is not None:
+    chain = [asked(index, name)]
+    while (parent := chain[-1].parent) is not None and (at := index.get(name.member, parent)) is not None:
         chain.append(at)
     return chain
 

@@ -17,6 +17,7 @@ import typer
 from numpy.typing import NDArray
 
 from allele.format import header
+from allele.format.cast import widen
 from allele.store.provenance import Provenance
 from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter
 from allele_cli.failure import Failure
@@ -75,15 +76,9 @@ def tensors(packed: bytes) -> dict[str, Matrix]:
     view = memoryview(packed)
     entries, start = header.parse(view, "packed adapter", tensors=view.nbytes)  # its digest was checked
     return {
-        name: _as_float(view[start + e.start : start + e.end], e.dtype).reshape(e.shape) for name, e in entries.items()
+        name: widen(view[start + e.start : start + e.end], e.dtype).reshape(e.shape).astype(np.float64)
+        for name, e in entries.items()
     }
-
-
-def _as_float(data: memoryview, dtype: str) -> Matrix:
-    if dtype == "BF16":
-        bits = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).astype(np.float64)
-    return np.frombuffer(data, dtype="<f4").astype(np.float64)
 
 
 def _weights(a: Revision, b: Revision) -> Iterator[dict[str, Any]]:

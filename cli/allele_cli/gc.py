@@ -77,15 +77,26 @@ def gc(
 def _collect(source: PopulationStore, policy: Policy, *, dry_run: bool, output: Format) -> None:
     """Raises typer.Exit(1) when bytes that should have been moved are damaged."""
     if dry_run:
-        show(list(_rows(survey(source, policy=policy, now=now()))), fmt=output)
+        _show(survey(source, policy=policy, now=now()), output)
         return
     with Bar() as bar:
         done = collect(source, policy=policy, now=now(), progress=bar.show)
-    show(list(_rows(done.plan)), fmt=output)
+    _show(done.plan, output)
     for damage in done.damaged:
         print(f"allele: not moved: {damage}; see `allele verify {source.population}`", file=sys.stderr)
     if done.damaged:
         raise typer.Exit(1)
+
+
+def _show(plan: Plan, output: Format) -> None:
+    """What goes and why; in a table for people also how much of it there is."""
+    rows = list(_rows(plan))
+    show(rows, fmt=output)
+    if output is Format.table and rows:
+        totals: dict[str, list[int]] = {}
+        for row in rows:
+            totals.setdefault(row["action"], []).append(row["bytes"])
+        print("; ".join(f"{action}: {len(sizes)}, {sum(sizes)} bytes" for action, sizes in totals.items()))
 
 
 def _rows(plan: Plan) -> Iterator[dict[str, Any]]:

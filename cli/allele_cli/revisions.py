@@ -10,7 +10,7 @@ from allele.protocol.adapters import AdapterName
 from allele.store.facts import from_arrow
 from allele.store.history import History
 from allele.store.population import PopulationStore
-from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter
+from allele_cli.access import Adapter, NamespaceOption, StoreOption, parse_adapter, unknown
 from allele_cli.failure import Failure
 from allele_cli.output import Format, FormatOption, show
 
@@ -37,9 +37,7 @@ def history_of(source: PopulationStore, name: AdapterName) -> History:
     facts = from_arrow(table.filter(pc.equal(table["member"], name.member)))
     history = History.of(name.member, sorted(facts, key=lambda f: f.order))
     if not history.committed:
-        raise Failure(
-            f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`"
-        )
+        raise unknown(name)
     if name.revision is not None and name.revision not in history.committed:
         raise Failure(f"{name}: no such committed revision; the newest is {max(history.committed)}")
     return history

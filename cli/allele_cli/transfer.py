@@ -14,14 +14,14 @@ import typer
 
 import allele
 from allele.format import AdapterShape, Imported, export_peft, import_peft
-from allele.protocol.adapters import AdapterName, parse_model
+from allele.protocol.adapters import AdapterName
 from allele.protocol.commands import OptimizerSpec
 from allele.store.facts import Fact
 from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationRecord, PopulationStore
 from allele.store.provenance import DataRange, ImportRef, Provenance, ShapeRef, Versions
-from allele_cli.access import NamespaceOption, StoreOption, open_population
+from allele_cli.access import Adapter, NamespaceOption, StoreOption, asked, parse_adapter
 from allele_cli.failure import Failure
 
 RUN = "import"
@@ -29,7 +29,7 @@ RUN = "import"
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="population/member or population/member@revision.")],
+    adapter: Adapter,
     to: Annotated[Path, typer.Option(help="Folder to write adapter_model.safetensors and adapter_config.json into.")],
     namespace: NamespaceOption = "default",
     store: StoreOption = None,
@@ -38,9 +38,8 @@ def export(
 
     Example: `allele export preferences/taste-0003@12 --to out/adapter --namespace allele-demo`
     """
-    name = parse_model(adapter, namespace)
-    source = open_population(name.population, namespace=name.namespace, store=store)
-    fact = _revision(Index.load(source.catalogue), name)
+    source, name = parse_adapter(adapter, namespace, store)
+    fact = asked(Index.load(source.catalogue), name)
     if fact.weights is None or fact.provenance is None:
         raise Failure(f"{name}@{fact.revision}: expected bytes and provenance in the catalogue, found neither")
     made = source.read_provenance(fact.provenance)
@@ -71,10 +70,10 @@ def import_(
 
     Example: `allele import preferences/taste-0003 out/checkpoint-70 --namespace allele-demo`
     """
-    name = parse_model(member, namespace)
+    source, name = parse_adapter(member, namespace, store)
     if name.revision is not None:
         raise Failure(f"{member}: expected population/member, found a revision; an import makes the next one")
-    place = _place(open_population(name.population, namespace=name.namespace, store=store), name, group)
+    place = _place(source, name, group)
     found = import_peft(folder, place.shape, scale=place.spec.scale, fold=fold_scale, cast=cast)
     fact = _commit(place, found, folder)
     print(f"{name.population}/{name.member}@{fact.revision} sha256:{fact.digest}")
@@ -93,18 +92,6 @@ class _Place:
     """Of a revision of the group."""
     spec: ShapeRef
     shape: AdapterShape
-
-
-def _revision(index: Index, name: AdapterName) -> Fact:
-    """The asked revision; without one, the newest."""
-    if name.member not in index:
-        raise Failure(
-            f"{name.population}: expected a member of its catalogue, found {name.member!r}; see `allele members`"
-        )
-    fact = index.newest(name.member) if name.revision is None else index.get(name.member, name.revision)
-    if fact is None:
-        raise Failure(f"{name}: no such committed revision; the newest is {index.next_revision(name.member) - 1}")
-    return fact
 
 
 def _shape(made: Provenance, group: str) -> tuple[ShapeRef, AdapterShape]:

@@ -289,6 +289,8 @@ def test_gc_says_what_it_would_do_and_then_does_it(store: PopulationStore, allel
     planned = as_json(allele, *words, "--grace", "0", "--dry-run")
     assert [(r["action"], r["what"]) for r in planned] == [("retire", w) for w in ("a@1", "b@1", "b@2")]
     assert {r["reason"] for r in planned} == {"not among the newest 1"}
+    total = f"retire: 3, {sum(r['bytes'] for r in planned)} bytes"
+    assert allele(*words, "--grace", "0", "--dry-run").stdout.splitlines()[-1] == total
     assert not index(store).is_retired("b", 1)
     assert as_json(allele, *words, "--grace", "0") == planned
     assert index(store).is_retired("b", 1) and not index(store).is_retired("a", 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from allele.store import Fact
 from allele_driver import report
 from allele_driver.loop.tally import Tally
 from allele_driver.report import Reporter
@@ -75,3 +77,12 @@ def test_progress_is_bounded_and_estimates_the_rest() -> None:
     assert found.reward is not None and (found.reward.mean, found.reward.best, found.reward.worst) == (0.5, 0.75, 0.25)
     assert len(found.failed_members) == 16
     assert len(found.model_dump_json()) < 16_000
+
+
+def test_a_revision_that_a_collection_says_again_counts_once() -> None:
+    told = tally()
+    first = Fact(kind="Committed", member="m", revision=1, step=1, run="uid", segment="old")
+    moved = dataclasses.replace(first, segment="new")
+    told.count([first, Fact(kind="Committed", member="m", revision=2, step=2, run="uid"), moved])
+    told.count([Fact(kind="Committed", member="n", revision=1, step=1, run="another")])
+    assert told.progress().committed == 2

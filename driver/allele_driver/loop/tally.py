@@ -25,7 +25,8 @@ class Tally:
     epoch: int = 0
     members: int = 0
     step: int = 0
-    committed: int = 0
+    revisions: set[tuple[str, int | None]] = dataclasses.field(default_factory=set)
+    """Committed ones: a collection says some again, with another place."""
     exposed: int = 0
     trained: set[str] = dataclasses.field(default_factory=set)
     dropped: int = 0
@@ -46,11 +47,15 @@ class Tally:
             if fact.run != self.bundle.run_uid:
                 continue
             if fact.kind == "Committed":
-                self.committed += 1
+                self.revisions.add((fact.member, fact.revision))
                 if fact.step:
                     self.trained.add(fact.member)
             elif fact.kind == "Exposed":
                 self.exposed += 1
+
+    @property
+    def committed(self) -> int:
+        return len(self.revisions)
 
     @property
     def mean_reward(self) -> float | None:
