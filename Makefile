@@ -59,7 +59,7 @@ bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on
 	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)
 
 .PHONY: bench-store
-bench-store: cluster ## The store against an object per adapter, in S3 and in etcd (ARGS="--help" tells; 15 minutes)
+bench-store: cluster ## The store against an object per adapter, in S3 and in etcd (ARGS="--help" tells)
 	$(PY) -W ignore -m bench.store $(ARGS)
 
 .PHONY: lint
