@@ -166,7 +166,7 @@ async def _drive(
             population=bundle.population,
             patience=patience,
         )
-        info, status = await trainer.info(), await gateways.status()
+        status = await gateways.status()
         check_base(status, bundle)
         roller = Roller(gateways, run=bundle.run_uid, stop=base.tokenizer.stop_token_ids, context=base.context)
         equipment = Equipment(
@@ -177,11 +177,8 @@ async def _drive(
             origin=record.Origin(
                 bundle=bundle,
                 fence=ledger.fence,
-                tokenizer_digest=base.tokenizer.digest,
-                versions=record.versions(
-                    torch=info.torch, megatron_core=info.megatron_core, sglang=status.engine_version
-                ),
-                residual_of=base.residual.source_digest if base.residual else "",
+                base=base,
+                sglang=status.engine_version,
             ),
             voice=Voice(tally, reporter),
             stopping=stopping,

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from allele.protocol.errors import InvalidRequest
-from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore
+from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore, population
 
 
 def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
@@ -44,6 +44,19 @@ def test_segments_larger_than_a_part_are_whole(store: PopulationStore) -> None:
     written = {f"m{i}": os.urandom(5_000_000) for i in range(5)}
     ranges = store.write_segment(written)
     assert store.objects.head(ranges["m0"].path).size == 25_000_000
+    assert store.read_many([ranges[m] for m in written]) == list(written.values())
+
+
+def test_many_adapters_are_spread_over_bounded_objects(store: PopulationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population, "SEGMENT_BYTES", 250)
+    sizes = {"a": 100, "b": 150, "c": 1, "d": 400, "e": 249, "f": 1}
+    written = {m: os.urandom(n) for m, n in sizes.items()}
+    ranges = store.write_segment(written)
+    members: dict[str, str] = {}
+    for m, r in ranges.items():
+        members[r.path] = members.get(r.path, "") + m
+    assert list(members.values()) == ["ab", "c", "d", "ef"], "one larger than the bound has an object of its own"
+    assert {o.path: o.size for o in store.objects.list()} == {p: sum(sizes[m] for m in ms) for p, ms in members.items()}
     assert store.read_many([ranges[m] for m in written]) == list(written.values())
 
 

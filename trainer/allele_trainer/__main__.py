@@ -80,6 +80,7 @@ def arguments() -> argparse.ArgumentParser:
         "--sequence-parallel", action="store_true", help="with --tp: norms on a part of the tokens each"
     )
     parser.add_argument("--recompute", action="store_true", help="keep layers' inputs only and run them again")
+    parser.add_argument("--image", default="", help="image that this runs in, for the provenance (default: none)")
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="address:port; port 0 takes a free one (default: 127.0.0.1:7070)"
     )
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         store=RunFactors(Objects.open(args.store), args.base_digest),
         ranks=model.ranks,
     )
-    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser)
+    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser, image=args.image)
     incarnation = model.ranks.broadcast(str(ULID()).encode() if model.ranks.rank == 0 else None).decode()
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

@@ -76,6 +76,7 @@ def trainer_pod(parts: PoolParts) -> Obj:
     command = ["python3", "-m", "allele_trainer", "--base", pods.BASE_DIR, "--base-digest", spec.base.digest]
     command += ["--store", parts.store.url, "--slots", str(spec.trainer.slots)]
     command += ["--max-rank", str(spec.adapters.max_rank), "--listen", f"0.0.0.0:{naming.TRAINER_PORT}"]
+    command += ["--image", runtime.images.trainer]
     volumes = (pods.shared_memory(runtime), *pods.environment(runtime))
     trainer = pods.container(
         "trainer",
