@@ -217,6 +217,15 @@ def publisher(
         index.refresh()
 
 
+def collector(proxy: Proxy, url: str, *, policy: Policy, death: Death) -> None:
+    """One pass after the other, until it is killed at a write; a newer collector may fence it off in between."""
+    store = open_store(url, proxy.environ)
+    proxy.add(death.rule(path_of(url)))
+    while True:
+        with contextlib.suppress(StoreUnavailable, FencedError):
+            collect(store, policy=policy, now=now())
+
+
 def _insist(recorder: Recorder, kind: Kind, writer: Writer, step: int, facts: Sequence[Fact]) -> None:
     """Commit, again while the outcome is unknown, as the error says that one should."""
     events = [
