@@ -198,21 +198,32 @@ def rival(proxy: Proxy, url: str, *, step: int, pipe: Connection) -> None:
 
 
 def publisher(
-    url: str, environ: Mapping[str, str], *, run: str, members: Sequence[str], steps: int, record: Path
+    url: str,
+    environ: Mapping[str, str],
+    *,
+    run: str,
+    members: Sequence[str],
+    steps: int,
+    record: Path,
+    idle: Sequence[str] = (),
 ) -> None:
-    """A run of its own that publishes and exposes members of its own, and records the history."""
+    """A run of its own that publishes members of its own and records the history.
+
+    Each new revision is exposed, but of the first member only the first one; `idle` ones get one revision, not exposed.
+    """
     store, recorder = open_store(url, environ), Recorder(record)
     writer = store.catalogue.start(run)
     index = Index.load(store.catalogue)
     for step in range(1, 2 * steps + 1, 2):
-        data = {m: content(run, m, step) for m in members}
+        data = {m: content(run, m, step) for m in (*members, *(idle if step == 1 else ()))}
         ranges = store.write_segment(data)
         facts = [
             Fact.committed(member=m, revision=index.next_revision(m), weights=r, shape="s") for m, r in ranges.items()
         ]
         _insist(recorder, "commit", writer, step, facts)
         index.refresh()
-        exposures = [Fact(kind="Exposed", member=f.member, revision=f.revision) for f in facts]
+        exposed = members if step == 1 else members[1:]
+        exposures = [Fact(kind="Exposed", member=f.member, revision=f.revision) for f in facts if f.member in exposed]
         _insist(recorder, "expose", writer, step + 1, exposures)
         index.refresh()
 

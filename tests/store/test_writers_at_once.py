@@ -127,7 +127,13 @@ def test_collectors_that_die_beside_publishers_take_nothing_that_is_needed(
         FORKS.Process(
             target=scenarios.publisher,
             args=(url, proxy.environ),
-            kwargs={"run": run, "members": [f"{run}-{i}" for i in range(2)], "steps": 10_000, "record": history / run},
+            kwargs={
+                "run": run,
+                "members": [f"{run}-0", f"{run}-1"],
+                "idle": [f"{run}-idle"],
+                "steps": 10_000,
+                "record": history / run,
+            },
         )
         for run in ("r1", "r2")
     ]
