@@ -88,6 +88,7 @@ def collect(store: PopulationStore, *, policy: Policy, now: datetime, progress: 
     progress("delete", 0, len(first.delete))
     delete = survey(store, policy=policy, now=now).delete
     _delete(store, delete, progress)
+    store.catalogue.write_heads()
     return Collected(dataclasses.replace(first, compact=compact, delete=delete), tuple(damaged))
 
 
