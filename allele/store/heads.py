@@ -36,7 +36,7 @@ def select(columns: Columns) -> pa.Table:
 
     committed, retired = of("Committed"), of("Retired")
     served = _last(of("Exposed"), member) | _last(of("Held"), member)
-    standing = committed & ~np.isin(key, key[retired])
+    standing = _last(committed, key) & ~np.isin(key, key[retired])
     parents = (member * span + parent)[standing & (parent > 0)]
     highest = _highest(committed, member, revision)
     needed = np.unique(np.concatenate([key[standing], parents, key[served], key[highest]]))
