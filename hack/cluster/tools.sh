@@ -37,8 +37,9 @@ build_versitygw() { install_module "$1" '' "github.com/versity/versitygw/cmd/ver
 build_kubeconform() { install_module "$1" '' "github.com/yannh/kubeconform/cmd/kubeconform@v$KUBECONFORM_VERSION"; }
 build_fakegcs() { install_module "$1" '' "github.com/fsouza/fake-gcs-server@v$FAKEGCS_VERSION"; }
 build_azurite() {
-  cp "$HERE"/npm/azurite/package*.json "$1/"
-  npm ci --prefix "$1" --ignore-scripts --no-audit --no-fund
+  cp -r "$HERE"/npm/azurite/. "$1"
+  # --loglevel: it asks for a newer Node, and runs on 20
+  npm ci --prefix "$1" --ignore-scripts --no-audit --no-fund --loglevel error
 }
 install_module() { GOBIN=$1 go install -v -trimpath -ldflags "-s -w $2" "$3"; }
 

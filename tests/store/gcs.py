@@ -92,6 +92,8 @@ class _Front(BaseHTTPRequestHandler):
     """One connection of a client, and one to the server."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
     port: int
     gatekeeper: Gatekeeper
     uploads: dict[str, dict[int, bytes]]
@@ -180,7 +182,8 @@ class _Front(BaseHTTPRequestHandler):
             200,
             "<ListBucketResult>"
             + "".join(
-                _xml("Contents", Key=i["name"], Size=i["size"], LastModified=i["updated"], ETag=i["etag"]) for i in items
+                _xml("Contents", Key=i["name"], Size=i["size"], LastModified=i["updated"], ETag=i["etag"])
+                for i in items
             )
             + "".join(_xml("CommonPrefixes", Prefix=p) for p in found.get("prefixes", ()))
             + _xml("", NextContinuationToken=found.get("nextPageToken", ""))
@@ -223,5 +226,3 @@ def _quoted(key: str) -> str:
 
 def _decoded(part: str) -> bytes:
     return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))
-
-

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from allele.store import Fact, Objects, PopulationStore, StoreRefused
-from tests.store.conftest import BUCKET, S3Server, serve, versitygw, wait_for
+from tests.store.servers import BUCKET, S3Server, serve, versitygw, wait_for
 
 LIFETIME = 2.0
 """Seconds that the first credentials are valid; what the answer says has whole seconds."""

@@ -78,9 +78,11 @@ def test_objects_are_created_once_listed_and_deleted(store_url: str) -> None:
         folder.get("x/1")
 
 
-@pytest.mark.parametrize("url", ["http://bucket/x", "s3://", "file://", "file:///", "/tmp/x", "file://host/dir"])
+@pytest.mark.parametrize(
+    "url", ["http://bucket/x", "s3://", "gs:///x", "az://", "file://", "file:///", "/tmp/x", "file://host/dir"]
+)
 def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(InvalidRequest, match="expected s3://bucket/prefix or file:///dir"):
+    with pytest.raises(InvalidRequest, match="expected s3://bucket/prefix, gs://bucket/prefix, az://container/prefix"):
         Objects.open(url)
 
 
