@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,9 @@ PART_BYTES = 8 << 20
 _PARALLEL_PARTS = 8
 _COALESCE = 1 << 20
 """Bytes between two ranges that are cheaper to fetch than a second request."""
+
+_REFUSED = re.compile(r"status code: 40[13]\b")
+"""How obstore says of a listing what of other requests is an error of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,8 @@ class Objects:
         except (PermissionDeniedError, UnauthenticatedError) as e:
             raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
         except (BaseError, OSError) as e:
+            if _REFUSED.search(_first_line(e)):
+                raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
             raise StoreUnavailable(f"{where}: {_first_line(e)}") from e
 
 

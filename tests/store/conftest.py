@@ -68,7 +68,13 @@ def bucket_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
 
 
-@pytest.fixture(params=["file", "s3", "gs", "az"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests over a store run over a folder and S3; those of a module with STORES, over these."""
+    if "store_url" in metafunc.fixturenames:
+        metafunc.parametrize("store_url", getattr(metafunc.module, "STORES", ["file", "s3", "gs", "az"]), indirect=True)
+
+
+@pytest.fixture
 def store_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty store, its credentials in this process's environment."""
     if request.param == "file":

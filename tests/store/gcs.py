@@ -120,7 +120,8 @@ class _Front(BaseHTTPRequestHandler):
             else:
                 self._list(bucket, query)
         except _Refused as e:
-            self._answer(e.status, f"<Error><Code>{e.code}</Code><Message>{e.code}</Message></Error>")
+            prolog = "<?xml version='1.0' encoding='UTF-8'?>"
+            self._answer(e.status, f"{prolog}<Error><Code>{e.code}</Code><Message>{e.code}</Message></Error>")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
 
