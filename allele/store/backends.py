@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import TypeAlias
 
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
@@ -11,7 +12,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 from allele.store.address import Address
 from allele.store.errors import StoreRefused
 
-Backend = S3Store | GCSStore | AzureStore | LocalStore
+Backend: TypeAlias = S3Store | GCSStore | AzureStore | LocalStore
 
 MAX_RETRIES = 8
 _RETRY_SECONDS = 60

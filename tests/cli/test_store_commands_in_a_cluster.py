@@ -25,6 +25,7 @@ STORE: dict[str, Any] = {
     "status": {
         "url": "s3://the-bucket",
         "capabilities": ["CreateOnly", "List"],
+        "latency": {"put": 12, "get": 8, "conditionalPut": 14},
         "conditions": [{"type": "Reachable", "status": "True", "reason": "Reachable", "message": "all well"}],
     },
 }
@@ -108,6 +109,7 @@ def test_stores_are_those_of_the_namespace(store: PopulationStore) -> None:
         "reachable": "True",
         "reason": "Reachable",
         "capabilities": "CreateOnly List",
+        "latency": "12/8/14 ms",
         "message": "all well",
     }
     store.claim(PopulationRecord(uid="uid-1", base_digest="b", shapes={}))

@@ -69,9 +69,10 @@ def bucket_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests over a store run over a folder and S3; those of a module with STORES, over these."""
+    """Tests of a store run over each kind that there is, or over those of their marker `stores`."""
     if "store_url" in metafunc.fixturenames:
-        metafunc.parametrize("store_url", getattr(metafunc.module, "STORES", ["file", "s3", "gs", "az"]), indirect=True)
+        marker = metafunc.definition.get_closest_marker("stores")
+        metafunc.parametrize("store_url", marker.args if marker else ["file", "s3", "gs", "az"], indirect=True)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from aiohttp import web
 from ulid import ULID
 
 from allele.store import Objects, PopulationStore, bases
+from allele.store.address import FORMS
 from allele_trainer.bank.host import free_memory
 from allele_trainer.initialisation.initialiser import Initialiser
 from allele_trainer.model.build import BaseModel, build
@@ -47,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base-digest", required=True, help="digest of the base's files (`allele base fetch`): another base is refused"
     )
-    parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
+    parser.add_argument("--store", required=True, help=FORMS)
     parser.add_argument(
         "--slots",
         type=_slots,

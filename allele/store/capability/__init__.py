@@ -28,8 +28,7 @@ def probe(url: str, environ: Mapping[str, str] = os.environ) -> Capabilities:
         found.require()
     except Failed as e:
         return found.result(reachable=False, reason=e.reason, message=f"{url}: {e}"[:_MAX_MESSAGE])
-    message = f"{url}: all that commits rely on works; {found.latency}"
-    return found.result(reachable=True, reason="Reachable", message=message)
+    return found.result(reachable=True, reason="Reachable", message=f"{url}: all that commits rely on works")
 
 
 def _look(address: Address, environ: Mapping[str, str], found: Found) -> None:

@@ -64,7 +64,8 @@ class CloudClient:
                 return [meta["path"] for meta in batch]
             return []
 
-        return self._call("list", first_page)
+        found: Sequence[str] = self._call("list", first_page)
+        return found
 
     def put(self, key: str, data: bytes) -> None:
         self._call("put", lambda: self._put(key, data, "overwrite"))
@@ -77,10 +78,7 @@ class CloudClient:
         self._call("replace", lambda: self._put(key, data, version))
 
     def read(self, key: str, start: int, length: int) -> bytes:
-        def ranged() -> bytes:
-            return bytes(obstore.get_range(self._backend, key, start=start, length=length))
-
-        return self._call("read", ranged)
+        return bytes(self._call("read", lambda: obstore.get_range(self._backend, key, start=start, length=length)))
 
     def refuses_damage(self, key: str) -> bool:
         """At Azure by a signed URL, since a header that obstore knows nothing of would make its signature wrong."""

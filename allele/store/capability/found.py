@@ -19,17 +19,14 @@ Reason = Literal[
 
 
 class Latency(Wire):
-    """Milliseconds that one small request takes, the median of a few."""
+    """Milliseconds that one small request takes, the median of a few; as text in the order of the fields."""
 
     put: float
     get: float
     conditional_put: float
 
     def __str__(self) -> str:
-        return (
-            f"a small put takes {self.put:.3g} ms, get {self.get:.3g} ms, "
-            f"conditional put {self.conditional_put:.3g} ms (medians)"
-        )
+        return f"{self.put:.3g}/{self.get:.3g}/{self.conditional_put:.3g} ms"
 
 
 class Capabilities(Wire):

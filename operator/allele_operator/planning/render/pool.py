@@ -15,7 +15,8 @@ from allele.api.runtime import AdapterRuntimeSpec
 from allele_operator.planning import naming
 from allele_operator.planning.model import POOL_LABEL, RESOURCES, ROLE_LABEL, Obj, Options
 from allele_operator.planning.render import pods
-from allele_operator.planning.render.pods import StoreAccess, Volume
+from allele_operator.planning.render.access import StoreAccess
+from allele_operator.planning.render.pods import Volume
 
 TEMPLATE_LABEL = "allele.dev/template"
 BACKOFF_LIMIT = 1_000_000
@@ -242,10 +243,11 @@ def _without_counts(job: Obj) -> Obj:
 
 
 def _job(parts: PoolParts, role: str, pod: Obj, replicas: int) -> Obj:
+    labels = naming.pool_labels(parts.name, role) | dict(parts.store.labels)
     return job_scale(replicas) | {
         "completionMode": "Indexed",
         "backoffLimit": BACKOFF_LIMIT,
-        "template": pods.pod_template(pod, parts.runtime, naming.pool_labels(parts.name, role)),
+        "template": pods.pod_template(pod, parts.runtime, labels),
     }
 
 
