@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -24,6 +25,7 @@ import boto3
 from botocore.config import Config
 
 from tests.store import gcs
+from tests.store.identity import Certificate
 
 REPOSITORY = Path(__file__).parents[2]
 VERSIONS = {"versitygw": "1.8.0", "fakegcs": "1.56.1", "azurite": "3.37.0"}
@@ -143,16 +145,19 @@ def google(root: Path) -> Iterator[GoogleServer]:
 
 
 @contextlib.contextmanager
-def azure(root: Path) -> Iterator[AzureServer]:
-    """With an empty container, in memory."""
+def azure(root: Path, certificate: Certificate | None = None) -> Iterator[AzureServer]:
+    """With an empty container, in memory; with a certificate, tokens are let in too."""
     port = free_port()
     program = tool("azurite") / "node_modules/azurite/dist/src/blob/main.js"
     address = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
     quiet = ["--disableTelemetry", "--silent", "--skipApiVersionCheck"]
     accounts = {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"}
-    with running(["node", program, *address, *quiet], port, root / "log", **accounts):
-        endpoint = f"http://127.0.0.1:{port}/{ACCOUNT}"
-        _create_container(endpoint, BUCKET)
+    secure: list[str | Path] = []
+    if certificate is not None:
+        secure = ["--oauth", "basic", "--cert", certificate.cert, "--key", certificate.key]
+    with running(["node", program, *address, *quiet, *secure], port, root / "log", **accounts):
+        endpoint = f"http{'s' if secure else ''}://127.0.0.1:{port}/{ACCOUNT}"
+        _create_container(endpoint, BUCKET, certificate)
         yield AzureServer(
             {
                 "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
@@ -162,7 +167,7 @@ def azure(root: Path) -> Iterator[AzureServer]:
         )
 
 
-def _create_container(endpoint: str, name: str) -> None:
+def _create_container(endpoint: str, name: str, certificate: Certificate | None) -> None:
     """Signed by hand, since obstore has no such request."""
     headers = {"x-ms-date": f"{datetime.now(UTC):%a, %d %b %Y %H:%M:%S GMT}", "x-ms-version": "2021-08-06"}
     named = "".join(f"{key}:{value}\n" for key, value in headers.items())
@@ -170,4 +175,5 @@ def _create_container(endpoint: str, name: str) -> None:
     signature = hmac.digest(base64.b64decode(ACCOUNT_KEY), text.encode(), hashlib.sha256)
     headers["Authorization"] = f"SharedKey {ACCOUNT}:{base64.b64encode(signature).decode()}"
     url = f"{endpoint}/{name}?restype=container"
-    urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers)).close()
+    trusted = ssl.create_default_context(cafile=certificate.cert) if certificate else None
+    urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers), context=trusted).close()

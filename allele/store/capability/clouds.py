@@ -81,9 +81,9 @@ class CloudClient:
         return bytes(self._call("read", lambda: obstore.get_range(self._backend, key, start=start, length=length)))
 
     def refuses_damage(self, key: str) -> bool:
-        """At Azure by a signed URL, since a header that obstore knows nothing of would make its signature wrong."""
+        """With an account's key by a signed URL, since a header that obstore does not sign makes it wrong."""
         try:
-            if self._address.scheme == "az":
+            if "azure_storage_account_key" in self._options:
                 url = obstore.sign(self._backend, "PUT", key, timedelta(minutes=5))
                 headers = {**_WRONG, "x-ms-blob-type": "BlockBlob"}
                 request = urllib.request.Request(url, method="PUT", data=b"0123456789", headers=headers)
