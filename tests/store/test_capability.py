@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from allele.protocol.errors import InvalidRequest
-from allele.store import Objects, StoreRefused
+from allele.store import Objects, PopulationRecord, PopulationStore, StoreRefused
 from allele.store.capability import main, probe
+from allele_cli.main import app
 from tests.store import flawed, gcs
 from tests.store.conftest import enter
 
@@ -158,3 +160,13 @@ def test_the_command_succeeds_on_a_good_store(store_url: str, capsys: pytest.Cap
 def test_a_url_that_names_no_store_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="expected s3://"):
         probe("http://bucket")
+
+
+def test_the_cli_looks_at_stores_of_every_provider(bucket_url: str) -> None:
+    store = PopulationStore.open(bucket_url, namespace="team", population="users")
+    store.claim(PopulationRecord(uid="uid", base_digest="b", shapes={}))
+    runner = CliRunner(env={"COLUMNS": "250"})
+    (found,) = json.loads(runner.invoke(app, ["stores", "--store", bucket_url, "-o", "json"]).stdout)
+    assert (found["reachable"], found["capabilities"]) == ("True", "CreateOnly IfMatch RangedRead List Checksums")
+    listed = runner.invoke(app, ["populations", "--store", bucket_url, "--namespace", "team", "-o", "json"])
+    assert [p["population"] for p in json.loads(listed.stdout)] == ["users"]
