@@ -41,7 +41,7 @@ class Gatekeeper:
     tokens: set[str] = dataclasses.field(default_factory=set)
 
     def admits(self, header: str) -> bool:
-        token = header.removeprefix("Bearer ")
+        token = header.removeprefix("Bearer").strip()
         if token in self.tokens:
             return True
         try:

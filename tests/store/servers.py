@@ -167,13 +167,17 @@ def azure(root: Path, certificate: Certificate | None = None) -> Iterator[AzureS
         )
 
 
+def signature(text: str) -> str:
+    """Of Azure, with the account's key."""
+    return base64.b64encode(hmac.digest(base64.b64decode(ACCOUNT_KEY), text.encode(), hashlib.sha256)).decode()
+
+
 def _create_container(endpoint: str, name: str, certificate: Certificate | None) -> None:
     """Signed by hand, since obstore has no such request."""
     headers = {"x-ms-date": f"{datetime.now(UTC):%a, %d %b %Y %H:%M:%S GMT}", "x-ms-version": "2021-08-06"}
     named = "".join(f"{key}:{value}\n" for key, value in headers.items())
     text = "PUT" + "\n" * 12 + named + f"/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
-    signature = hmac.digest(base64.b64decode(ACCOUNT_KEY), text.encode(), hashlib.sha256)
-    headers["Authorization"] = f"SharedKey {ACCOUNT}:{base64.b64encode(signature).decode()}"
+    headers["Authorization"] = f"SharedKey {ACCOUNT}:{signature(text)}"
     url = f"{endpoint}/{name}?restype=container"
     trusted = ssl.create_default_context(cafile=certificate.cert) if certificate else None
     urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers), context=trusted).close()

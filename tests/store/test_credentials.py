@@ -18,15 +18,27 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import pytest
 
-from allele.store import Fact, Objects, PopulationStore, StoreRefused
+from allele.store import Fact, Objects, PopulationRecord, PopulationStore, StoreRefused
 from allele.store.capability import probe
 from tests.store.conftest import enter
 from tests.store.identity import Certificate, answering, storage_token
-from tests.store.servers import BUCKET, GoogleServer, S3Server, azure, serve, versitygw, wait_for
+from tests.store.servers import (
+    ACCOUNT,
+    BUCKET,
+    AzureServer,
+    GoogleServer,
+    S3Server,
+    azure,
+    serve,
+    signature,
+    versitygw,
+    wait_for,
+)
 
 LIFETIME = 2.0
 """Seconds that the first credentials are valid; what the answer says has whole seconds."""
@@ -176,3 +188,42 @@ def listed(endpoint: str, token: str, certificate: Certificate) -> None:
     headers = {"Authorization": f"Bearer {token}", "x-ms-version": "2021-08-06"}
     request = Request(f"{endpoint}/{BUCKET}?restype=container&comp=list", headers=headers)
     urlopen(request, context=ssl.create_default_context(cafile=certificate.cert)).close()
+
+
+def opens(url: str) -> None:
+    """Objects and the catalogue, with what is in this process's environment."""
+    store = PopulationStore.open(url, namespace="team", population="users")
+    store.claim(PopulationRecord(uid="uid", base_digest="b", shapes={}))
+    store.catalogue.start("run").commit(1, [Fact(kind="Exposed", member="m", revision=1)])
+    assert len(store.catalogue.facts()) == 1
+
+
+def test_the_file_of_a_google_service_account(
+    gs_server: GoogleServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key.json").write_text(gs_server.environ["GOOGLE_SERVICE_ACCOUNT_KEY"])
+    environ = {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json")}
+    enter(environ | {"GOOGLE_BASE_URL": gs_server.environ["GOOGLE_BASE_URL"]}, monkeypatch)
+    opens(f"gs://{BUCKET}/file")
+
+
+def test_an_emulator_of_google_is_not_told_who_asks(gs_server: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter({"STORAGE_EMULATOR_HOST": gs_server.environ["GOOGLE_BASE_URL"].removeprefix("http://")}, monkeypatch)
+    with pytest.raises(StoreRefused):
+        opens(f"gs://{BUCKET}/emulator")
+    monkeypatch.setattr(gs_server.gatekeeper, "tokens", {""})
+    opens(f"gs://{BUCKET}/emulator")
+
+
+def test_a_shared_access_signature_of_azure(az_server: AzureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = f"{datetime.now(UTC) + timedelta(hours=1):%Y-%m-%dT%H:%M:%SZ}"
+    said = {"sp": "rwdlac", "ss": "b", "srt": "sco", "st": "", "se": end, "sip": "", "spr": "", "sv": "2021-08-06"}
+    sign = signature("\n".join([ACCOUNT, *said.values(), "", ""]))
+    enter(az_server.environ, monkeypatch)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", urlencode({k: v for k, v in said.items() if v} | {"sig": sign}))
+    opens(f"az://{BUCKET}/signature")
+    found = probe(f"az://{BUCKET}/signature")
+    assert (found.reachable, found.checksums) == (True, True), found.message
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", urlencode(said | {"sig": "d3Jvbmc="}))
+    assert probe(f"az://{BUCKET}/signature").reason == "CredentialsRefused"
