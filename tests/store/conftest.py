@@ -1,5 +1,5 @@
-"""Every store test runs over a folder, and over servers that ask for credentials: S3 (versitygw), Google Cloud Storage
-(fake-gcs-server behind a front) and Azure Blob (Azurite)."""
+"""Every store test runs over a folder and over S3 (versitygw); with the marker `everywhere` over Google Cloud Storage
+(fake-gcs-server behind a front) and Azure Blob (Azurite) too. The servers ask for credentials."""
 
 from __future__ import annotations
 
@@ -69,10 +69,11 @@ def bucket_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests of a store run over each kind that there is, or over those of their marker `stores`."""
+    """Tests of a store run over a folder and S3; those that ask something of the provider, over each that there is."""
     if "store_url" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("stores")
-        metafunc.parametrize("store_url", marker.args if marker else ["file", "s3", "gs", "az"], indirect=True)
+        everywhere = metafunc.definition.get_closest_marker("everywhere")
+        kinds = ["file", "s3", "gs", "az"] if everywhere else ["file", "s3"]
+        metafunc.parametrize("store_url", kinds, indirect=True)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from allele_cli.main import app
 from tests.store import flawed, gcs
 from tests.store.conftest import enter
 
+pytestmark = pytest.mark.everywhere
+
 
 def test_a_good_store_has_everything_and_nothing_is_left_behind(store_url: str) -> None:
     found = probe(store_url)

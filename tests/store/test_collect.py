@@ -86,6 +86,7 @@ def readable(store: PopulationStore) -> dict[tuple[str, int], tuple[bytes, bytes
     return found
 
 
+@pytest.mark.everywhere
 def test_a_population_is_collected_in_passes(store: PopulationStore, passes: Passes) -> None:
     for step in range(1, 7):
         publish(store, step, ["a", "b"])
@@ -247,7 +248,6 @@ def test_a_driver_resumes_from_what_is_left(sparse: PopulationStore, passes: Pas
     assert all(f.state is not None and sparse.read(f.state) for f in point.values())
 
 
-@pytest.mark.stores("file", "s3")  # a process of its own for each death
 @pytest.mark.parametrize("death", ["facts", "copy", "places", "delete", "between-deletes"])
 def test_a_collector_killed_between_two_writes_leaves_all_readable_and_the_next_converges(
     sparse: PopulationStore, store_url: str, passes: Passes, death: str

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from allele.store import Fact, PopulationStore
 from tests.store.crash import check_bytes
+
+pytestmark = pytest.mark.everywhere
 
 RUNS = 4
 STEPS = 10

@@ -37,7 +37,6 @@ def ranged(url: str, path: str, *, offset: int, length: int) -> bytes:
     return bytes(s3.get_object(Bucket=bucket, Key=f"{prefix}/team/users/{path}", Range=span)["Body"].read())
 
 
-@pytest.mark.stores("file", "s3")  # what boto3 reads
 def test_every_recorded_range_hashes_to_its_digest(
     store_url: str,
     store: PopulationStore,

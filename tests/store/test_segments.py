@@ -11,6 +11,8 @@ import pytest
 from allele.protocol.errors import InvalidRequest
 from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore, population
 
+pytestmark = pytest.mark.everywhere
+
 
 def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
     written = {f"m{i}": os.urandom(1000 + i) for i in range(20)}
