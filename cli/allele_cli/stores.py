@@ -63,7 +63,7 @@ def _found(obj: dict[str, Any]) -> dict[str, Any]:
 
 def _latency(found: dict[str, int] | None) -> str | None:
     """As a probe's, but rounded up."""
-    return found and "{put}/{get}/{conditionalPut} ms".format(**found)
+    return "{put}/{get}/{conditionalPut} ms".format(**found) if found else None
 
 
 def populations(
