@@ -154,6 +154,13 @@ def test_the_command_prints_and_leaves_a_termination_message(s3_environ: Any, tm
     assert len(log.read_text()) <= 1400
 
 
+def test_a_probe_of_s3_needs_none_of_the_libraries_that_move_bytes(s3_environ: Any) -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('obstore', 'deltalake', 'pyarrow', 'numpy')))"
+    command = f"{blocked}; from allele.store.capability import main; sys.exit(main(['--store', 's3://alleles/alone']))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=os.environ.copy())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_command_succeeds_on_a_good_store(store_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--store", store_url]) == 0
     assert json.loads(capsys.readouterr().out)["reason"] == "Reachable"
