@@ -8,7 +8,9 @@ of one snapshot both succeed, so compaction is written with `commit` as well.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -24,6 +26,9 @@ from allele.store.errors import StoreUnavailable
 from allele.store.objects import Objects
 
 _READ_THREADS = 8
+_NAMED = re.compile(r"-([0-9a-f]{32})\.parquet$")
+"""Of the files that we write; another writer's have no digest in their name."""
+
 _COMMIT_RETRIES = 50
 """Other runs' commits that may come between the snapshot and this one; each is checked for conflict."""
 
@@ -37,6 +42,10 @@ class LiveFile:
     modified: int
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def live_files(table: DeltaTable) -> list[LiveFile]:
     columns = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes", "modification_time"])
     rows = zip(*(c.to_pylist() for c in columns.columns), strict=True)
@@ -45,17 +54,19 @@ def live_files(table: DeltaTable) -> list[LiveFile]:
 
 def stage(objects: Objects, rows: pa.Table) -> LiveFile:
     """Write rows as a new parquet file, which does not count until a commit adds it."""
-    data = encoded(rows)
-    path = f"{ULID()}.parquet"
-    objects.put(path, data)
-    return LiveFile(path, len(data), milliseconds(datetime.now(UTC)))
+    path, size = write(objects, str(ULID()), rows)
+    return LiveFile(path, size, milliseconds(datetime.now(UTC)))
 
 
-def encoded(rows: pa.Table) -> bytes:
-    """A parquet file with a checksum of each page."""
+def write(objects: Objects, name: str, rows: pa.Table) -> tuple[str, int]:
+    """A parquet file whose name ends in the digest of its bytes, since parquet has no checksum of its footer; and its
+    size."""
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
-    return bytes(sink.getvalue())
+    pq.write_table(rows, sink, compression="zstd")
+    data = bytes(sink.getvalue())
+    path = f"{name}-{_digest(data)}.parquet"
+    objects.put(path, data)
+    return path, len(data)
 
 
 def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
@@ -66,8 +77,14 @@ def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:
 
     def one(path: str) -> pa.Table:
         data = objects.get(path)
+        named = _NAMED.search(path)
+        if named is not None and named[1] != _digest(data):
+            raise StoreUnavailable(
+                f"{objects.url(path)}: expected a whole parquet file of facts, its sha256 beginning with {named[1]}, "
+                f"found {_digest(data)} ({len(data)} bytes)"
+            )
         try:
-            with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
                 there = set(file.schema_arrow.names)
                 found = file.read([name for name in schema.names if name in there], use_threads=False)
             for field in schema:

@@ -1,11 +1,14 @@
 """Heads: of all facts those that still say what a member is now, so that a gateway need not read and hold a history.
 
-A snapshot is `catalogue/_heads/<version>.parquet`, rows as in the catalogue. A collector writes one at the end of its
-pass, when it has read all facts anyway; a reader takes the newest and follows the log from its version on. It is made
-from the catalogue and never the only copy of anything: one that is missing or damaged costs the reader the long way.
+A snapshot is `catalogue/_heads/<version>-<digest>.parquet`, rows as in the catalogue. A collector writes one at the end
+of its pass, when it has read all facts anyway; a reader takes the newest and follows the log from its version on. It is
+made from the catalogue and never the only copy of anything: one that is missing or damaged costs the reader the long
+way.
 """
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -50,26 +53,26 @@ def select(columns: Columns) -> pa.Table:
 
 def write(catalogue: Objects, version: int, facts: Columns) -> None:
     """Replaces earlier snapshots; a reader that has just chosen one of them goes the long way."""
-    path = _path(version)
-    old = [o.path for o in catalogue.list(FOLDER) if o.path < path]
-    catalogue.put(path, delta.encoded(select(facts)))
+    old = [o.path for o in catalogue.list(FOLDER) if o.path < f"{FOLDER}/{version:020d}"]
+    delta.write(catalogue, f"{FOLDER}/{version:020d}", select(facts))
     catalogue.delete(old)
 
 
 def newest(catalogue: Objects) -> tuple[int, Columns] | None:
     """The version of the newest snapshot, and its facts. Raises ObjectNotFound or StoreUnavailable."""
-    found = version(catalogue)
-    return None if found < 0 else (found, Columns(delta.read(catalogue, [_path(found)], SCHEMA)))
+    found, path = _newest(catalogue)
+    return None if found < 0 else (found, Columns(delta.read(catalogue, [path], SCHEMA)))
 
 
 def version(catalogue: Objects) -> int:
     """Of the newest snapshot; -1 without one."""
-    numbers = (o.path.removeprefix(f"{FOLDER}/").removesuffix(".parquet") for o in catalogue.list(FOLDER))
-    return max((int(n) for n in numbers if n.isdecimal()), default=-1)
+    return _newest(catalogue)[0]
 
 
-def _path(version: int) -> str:
-    return f"{FOLDER}/{version:020d}.parquet"
+def _newest(catalogue: Objects) -> tuple[int, str]:
+    paths = (o.path for o in catalogue.list(FOLDER))
+    named = (m for m in map(re.compile(rf"{FOLDER}/(\d{{20}})-[0-9a-f]+\.parquet").fullmatch, paths) if m)
+    return max(((int(m[1]), m[0]) for m in named), default=(-1, ""))
 
 
 def _last(chosen: Mask, key: npt.NDArray[np.int64]) -> Mask:
