@@ -147,6 +147,25 @@ class Objects:
         with self._errors(path):
             obstore.put(self._backend, self._key(path), data, mode="create")
 
+    def get_version(self, path: str) -> tuple[bytes, str]:
+        """The object, and which version of it this is, for `replace`."""
+        with self._errors(path):
+            found = obstore.get(self._backend, self._key(path))
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+
+    def replace(self, path: str, data: bytes, *, version: str) -> None:
+        """Write over the version that was read. Raises AlreadyExists when the object is another one by now.
+
+        A folder has no such write: there it is looked at first, and of two writers at once both may get through.
+        """
+        with self._errors(path):
+            if isinstance(self._backend, S3Store):
+                obstore.put(self._backend, self._key(path), data, mode={"e_tag": version})
+                return
+            if obstore.head(self._backend, self._key(path))["e_tag"] != version:
+                raise PreconditionError("changed meanwhile")
+            obstore.put(self._backend, self._key(path), data)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below a folder, with paths relative to this one."""
         skip = len(self._prefix) + 1 if self._prefix else 0
