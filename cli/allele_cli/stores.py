@@ -78,18 +78,23 @@ def folders(root: Objects, namespace: str) -> list[str]:
 
 def _row(population: PopulationStore) -> dict[str, Any]:
     record = population.record()
-    facts = population.catalogue.table()
-    committed = facts.filter(pc.equal(facts["kind"], "Committed"))
+    committed = None if record and record.erasing else _committed(population)
     return {
         "population": population.population,
         "uid": record and record.uid,
+        "state": "being erased" if record and record.erasing else None,
         "base": record and record.base_digest[:19],
         "groups": " ".join(sorted(record.shapes)) if record else None,
-        "members": pc.count_distinct(committed["member"]).as_py(),
-        "revisions": _revisions(committed),
+        "members": committed and pc.count_distinct(committed["member"]).as_py(),
+        "revisions": committed and _revisions(committed),
         "bytes": sum(o.size for o in population.objects.list()),
         "url": population.objects.url(),
     }
+
+
+def _committed(population: PopulationStore) -> pa.Table:
+    facts = population.catalogue.table()
+    return facts.filter(pc.equal(facts["kind"], "Committed"))
 
 
 def _revisions(committed: pa.Table) -> int:

@@ -38,7 +38,9 @@ def run_of(name: str, phase: str, lag: int, population: str = "users") -> dict[s
         "stop": {"steps": 1},
         "groups": [{"select": {"group": "g"}, "environment": {"path": "e:E"}, "optimizer": {"learningRate": 0.1}}],
     }
-    return {"metadata": {"name": name, "uid": f"uid-of-{name}"}, "spec": spec, "status": {"phase": phase}}
+    conditions = [{"type": t, "status": str(phase == t)} for t in ("Succeeded", "Failed")]
+    status = {"phase": phase, "conditions": conditions}
+    return {"metadata": {"name": name, "uid": f"uid-of-{name}"}, "spec": spec, "status": status}
 
 
 @pytest.fixture
