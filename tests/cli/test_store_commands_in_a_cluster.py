@@ -102,6 +102,18 @@ def test_a_folder_whose_population_is_gone_or_another_is_an_orphan(store: Popula
     ]
 
 
+def test_a_folder_that_is_being_erased_is_told(store: PopulationStore) -> None:
+    store.claim(PopulationRecord(uid="uid-1", base_digest="b", shapes={}, erasing=True))
+    store.objects.put("catalogue/_delta_log/00000000000000000001.json", b"{}")
+    (found,) = answer("populations")
+    assert (found["state"], found["members"]) == ("being erased", None)
+    assert answer("gc", "--orphans") == [], "its population waits for that"
+    other = PopulationStore.of(Objects.open("s3://the-bucket"), namespace="team", population="old")
+    other.claim(PopulationRecord(uid="uid-0", base_digest="b", shapes={}, erasing=True))
+    (orphan,) = answer("gc", "--orphans")
+    assert orphan["reason"] == "no AdapterPopulation has the uid uid-0, whose erasure was begun"
+
+
 def test_stores_are_those_of_the_namespace(store: PopulationStore) -> None:
     (found,) = answer("stores")
     assert found == {
