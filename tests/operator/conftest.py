@@ -55,10 +55,11 @@ def team(cluster: Cluster) -> Iterator[Team]:
     name = f"op-{uuid.uuid4().hex[:8]}"
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
     yield Team(cluster, name, bucket=name)
-    for run in cluster.items("rlrun", namespace=name):  # nobody is left to give the members back
-        patch = '{"metadata": {"finalizers": null}}'
-        cluster.run("-n", name, "patch", "rlrun", run["metadata"]["name"], "--type=merge", "-p", patch, check=False)
-    cluster.run("delete", "namespace", name, "--wait=false")
+    for kind in ("rlrun", "apop"):  # nobody is left to give the members back, or to erase
+        for obj in cluster.items(kind, namespace=name):
+            patch = '{"metadata": {"finalizers": null}}'
+            cluster.run("-n", name, "patch", kind, obj["metadata"]["name"], "--type=merge", "-p", patch, check=False)
+    cluster.run("delete", "namespace", name, "--ignore-not-found", "--wait=false")
     cluster.run("delete", "pv", f"{name}-standins", "--ignore-not-found", "--wait=false")
 
 
