@@ -69,6 +69,12 @@ def test_no_right_on_secrets_exec_or_wildcards(helm: str, scope: tuple[str, ...]
         assert not {"secrets", "pods/exec", "nodes", "roles"} & set(rule["resources"]), rule
 
 
+def test_whether_a_namespace_is_deleted_may_be_asked_and_namespaces_not_listed(helm: str) -> None:
+    for scope in ((), ("scope.namespaces={a,b}",)):
+        found = [r["verbs"] for r in rules(render(helm, *scope)) if "namespaces" in r["resources"]]
+        assert found and all(verbs == ["get"] for verbs in found)
+
+
 def test_with_namespaces_the_only_cluster_wide_right_is_to_review_tokens(helm: str) -> None:
     objects = render(helm, "scope.namespaces={a,b}")
     (cluster,) = of_kind(objects, "ClusterRole")
