@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,15 @@ def s3(cluster: Cluster) -> Any:
         aws_secret_access_key=e["AWS_SECRET_ACCESS_KEY"],
         config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
     )
+
+
+@pytest.fixture(scope="package")
+def helm() -> str:
+    script = ". hack/cluster/env.sh && echo $(tool helm)/helm"
+    path = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).exists():
+        pytest.fail(f"helm: expected {path}; run `make cluster`")
+    return path
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from allele.store import Fact, PopulationRecord, PopulationStore
 from tests.operator.conftest import StartOperator
+from tests.operator.helm_chart import of_kind, render
 from tests.operator.operator_harness import BASE_DIGEST, Obj, Team, names, until
 
 FINALIZER = "allele.dev/erase"
@@ -136,6 +139,37 @@ def test_a_job_that_fails_is_told_and_made_again(reached: Team) -> None:
     wait_until_gone(team)
     assert objects(store) == []
     assert first not in {j["metadata"]["uid"] for j in erase_jobs(team)}
+
+
+@pytest.fixture
+def confined(ready_team: Team, elsewhere: str, helm: str, tmp_path: Path) -> Iterator[tuple[str, ...]]:
+    """Flags for an operator with the rights that the chart gives for one namespace, and no others."""
+    team, out = ready_team, render(helm, f"scope.namespaces={{{ready_team.namespace}}}", namespace=elsewhere)
+    wide = of_kind(out, "ClusterRole", "ClusterRoleBinding")
+    team.apply(*of_kind(out, "Role", "RoleBinding", "ServiceAccount"), *wide)
+    access = yaml.safe_load(team.cluster.kubeconfig.read_text())
+    token = team.cluster.run("-n", elsewhere, "create", "token", "allele-operator", "--duration=1h").strip()
+    access["users"] = [{"name": access["users"][0]["name"], "user": {"token": token}}]
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(access))
+    yield "--kubeconfig", str(path), "--lease-namespace", elsewhere
+    for obj in wide:
+        team.cluster.run("delete", obj["kind"], obj["metadata"]["name"])
+
+
+def test_the_rights_that_the_chart_gives_for_a_namespace_suffice(
+    ready_team: Team, operators: StartOperator, confined: tuple[str, ...]
+) -> None:
+    team = ready_team
+    operator = operators(team, lease="allele-operator", flags=confined).wait_until_leading()
+    team.apply(team.population(deletionPolicy="Delete", retention={"schedule": "0 0 29 2 *"}))
+    team.until("apop", "population", "Collected", status="Unknown", reason="Scheduled", seconds=240)
+    team.until("apop", "population", "Ready", status="True", seconds=240)
+    store = train(team)
+    delete(team, "apop/population")
+    wait_until_gone(team)
+    assert objects(store) == []
+    assert not operator.lines("Forbidden"), operator.tail()
 
 
 @pytest.fixture
