@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from allele.store import PopulationStore
-
 Obj = dict[str, Any]
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -138,12 +136,6 @@ class Team:
         groups = [{"name": "g", "members": {"count": 4}}]
         spec = {"base": {"digest": BASE_DIGEST}, "storeRef": "store", "groups": groups}
         return self.resource("AdapterPopulation", name, spec | more)
-
-    def folder(self, name: str = "population") -> PopulationStore:
-        """What the population has in the bucket, opened from here."""
-        return PopulationStore.open(
-            f"s3://{self.bucket}", namespace=self.namespace, population=name, environ=self.cluster.environ
-        )
 
     def rl_run(self, name: str = "run", *, steps: int = 20, population: str = "population") -> Obj:
         group = {

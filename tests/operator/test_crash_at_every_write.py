@@ -9,9 +9,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
-from allele.store import PopulationRecord
 from tests.operator.conftest import StartOperator
-from tests.operator.operator_harness import BASE_DIGEST, Obj, Team, names, until
+from tests.operator.operator_harness import Obj, Team, names, until
+from tests.operator.trained import claimed, folder
 
 Made = dict[str, list[str]]
 GONE_OR_NOT = ("--ignore-not-found", "--wait=false")
@@ -112,10 +112,7 @@ def test_a_deleted_population_is_erased_by_one_job(ready_team: Team, operators: 
         return [body | {"metadata": body["metadata"] | {"finalizers": ["allele.dev/erase"]}}]
 
     def begin(name: str) -> None:
-        uid = team.get("apop", name)["metadata"]["uid"]
-        store = team.folder(name)
-        store.claim(PopulationRecord(uid=uid, base_digest=BASE_DIGEST, shapes={}))
-        store.write_segment({"m": b"weights"})
+        claimed(team, name).write_segment({"m": b"weights"})
         team.cluster.run("-n", team.namespace, "delete", "apop", name, "--wait=false")
 
     def made(name: str) -> Made:
@@ -124,7 +121,7 @@ def test_a_deleted_population_is_erased_by_one_job(ready_team: Team, operators: 
         return {"pods": [e["note"] for e in told if e["regarding"]["name"].startswith(f"{name}-erase-")]}
 
     def expected(name: str, found: Made) -> bool:
-        return len(found["pods"]) == 1 and not list(team.folder(name).objects.list())
+        return len(found["pods"]) == 1 and not list(folder(team, name).objects.list())
 
     kills = crash_at_every_write(
         team,

@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 import yaml
 
-from allele.store import Fact, PopulationRecord, PopulationStore
+from allele.store import Fact, PopulationStore
 from tests.operator.conftest import StartOperator
 from tests.operator.helm_chart import of_kind, render
-from tests.operator.operator_harness import BASE_DIGEST, Obj, Team, names, until
+from tests.operator.operator_harness import Obj, Team, names, until
+from tests.operator.trained import claimed
 
 FINALIZER = "allele.dev/erase"
 
 
 def train(team: Team, name: str = "population") -> PopulationStore:
     """What a driver would have left of the population: a record and a commit."""
-    store = team.folder(name)
-    uid = team.get("apop", name)["metadata"]["uid"]
-    store.claim(PopulationRecord(uid=uid, base_digest=BASE_DIGEST, shapes={"g": "s"}))
+    store = claimed(team, name)
     place = store.write_segment({"g-0000": b"weights"})["g-0000"]
     store.catalogue.start("run").commit(1, [Fact.committed(member="g-0000", revision=1, weights=place, shape="s")])
     return store

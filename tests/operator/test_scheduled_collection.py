@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from allele.store import Fact, PopulationRecord, PopulationStore
+from allele.store import Fact, PopulationStore
 from tests.operator.conftest import StartOperator
-from tests.operator.operator_harness import BASE_DIGEST, Obj, Team, until
+from tests.operator.operator_harness import Obj, Team, until
+from tests.operator.trained import claimed
 
 NEVER = "0 0 29 2 *"
 """On the leap day: passes are started by hand."""
@@ -21,9 +22,7 @@ def population(team: Team, schedule: str | None) -> Obj:
 
 def train(team: Team) -> PopulationStore:
     """Four revisions of long ago: the first commit that retires some has nothing to wait for."""
-    store = team.folder()
-    uid = team.get("apop", "population")["metadata"]["uid"]
-    store.claim(PopulationRecord(uid=uid, base_digest=BASE_DIGEST, shapes={"g": "s"}))
+    store = claimed(team, "population")
     writer = store.catalogue.start("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("allele.store.facts.now", lambda: datetime(2020, 1, 1, tzinfo=UTC))
