@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SERVERS = {"s3", "gs", "az"}
 NEEDS = {"kubeconfig": "cluster", "engine": "engine"}
 SLOW = (
     "trainer/",  # imports torch and Megatron, a minute in all
@@ -33,10 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that takes a fixture of NEEDS, directly or not, gets its marker; so do SLOW files and S3 variants."""
+    """A test that takes a fixture of NEEDS, directly or not, gets its marker; so do SLOW files and tests of SERVERS."""
     for item in items:
-        on_s3 = "s3" in item.name.partition("[")[2].removesuffix("]").split("-")
-        if on_s3 or item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
+        over_server = SERVERS.intersection(item.name.partition("[")[2].removesuffix("]").split("-"))
+        if over_server or item.path.relative_to(ROOT / "tests").as_posix().startswith(SLOW):
             item.add_marker("slow")
         for fixture, marker in NEEDS.items():
             if fixture in getattr(item, "fixturenames", ()):

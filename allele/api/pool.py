@@ -26,12 +26,15 @@ Rank = Annotated[
 
 class Base(Model):
     uri: str = Field(
-        description="Folder with config.json, tokenizer and safetensors: s3://bucket/path in the pool's store server, "
-        "or file:///path for a mounted folder.",
+        description="Folder with config.json, tokenizer and safetensors: s3://, gs:// or az://bucket/path at the "
+        "server of the pool's store, or file:///path for a mounted folder.",
         min_length=1,
         max_length=1024,
         json_schema_extra=schema(
-            cel("self.startsWith('s3://') || self.startsWith('file:///')", "uri must begin with s3:// or file:///")
+            cel(
+                "['s3://', 'gs://', 'az://', 'file:///'].exists(form, self.startsWith(form))",
+                "uri must begin with s3://, gs://, az:// or file:///",
+            )
         ),
     )
     digest: Digest = Field(description="Digest that `allele base put` printed; checked when the base is fetched.")

@@ -191,7 +191,7 @@ class RLRunSpec(Model):
         None,
         description="With runtimeRef: where the population's base lies.",
         max_length=1024,
-        pattern=r"^(s3|file)://.+$",
+        pattern=r"^(s3|gs|az|file)://.+$",
     )
     groups: list[TrainGroup] = Field(
         description="Who is trained, and how.",

@@ -92,6 +92,20 @@ class Reset(Wire):
     members: tuple[MemberStart, ...]
 
 
+class TrainerSetting(Wire):
+    """What computes: recorded with every revision."""
+
+    layout: dict[str, int]
+    """Degrees of parallelism tp, pp, ep, dp; sequence_parallel and recompute are 0 or 1."""
+    device: str
+    dtype: str
+    """Of the resident base."""
+    torch: str
+    megatron_core: str
+    image: str = ""
+    """That the pod runs; empty outside of one."""
+
+
 class ResetDone(Wire):
     incarnation: str
     slots: int
@@ -99,6 +113,7 @@ class ResetDone(Wire):
     """Members to admit and train at a time; with fewer than `slots`, the next wave has room to come in meanwhile."""
     slots_reason: str
     base_digest: str
+    setting: TrainerSetting
 
 
 class Admit(Wire):
@@ -203,6 +218,4 @@ class TrainerInfo(Wire):
     used: int
     runs: dict[str, int]
     """Epoch of each run."""
-    torch: str
-    megatron_core: str
-    device: str
+    setting: TrainerSetting

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from allele.store.index import Index
     from allele.store.objects import ObjectInfo, Objects
     from allele.store.population import PopulationRecord, PopulationStore
-    from allele.store.provenance import BaseRef, DataRange, Provenance, ShapeRef, Versions
+    from allele.store.provenance import BaseRef, DataRange, Provenance, SamplingRef, ShapeRef, Versions
     from allele.store.writer import Writer
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "PopulationRecord",
     "PopulationStore",
     "Provenance",
+    "SamplingRef",
     "ShapeRef",
     "StoreError",
     "StoreRefused",
@@ -74,6 +75,7 @@ _HOMES = {
     "PopulationRecord": "population",
     "PopulationStore": "population",
     "Provenance": "provenance",
+    "SamplingRef": "provenance",
     "ShapeRef": "provenance",
     "StoreError": "errors",
     "StoreRefused": "errors",

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from allele.store import delta
+from allele.store import delta, heads
 from allele.store import facts as rows
 from allele.store.columns import Columns
 from allele.store.errors import ObjectNotFound, StoreUnavailable
@@ -39,24 +41,27 @@ SMALL_FILE = 4 << 20
 """Bytes; a file of facts below it is worth merging."""
 
 _CONFIGURATION = {"delta.checkpointInterval": str(COMPACT_EVERY), "delta.enableExpiredLogCleanup": "false"}
+_LOG_THREADS = 16
+"""Log entries that a reader who is behind fetches at once."""
+
 _COMPACTION = "compaction"
 """Application transaction that compactions race on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """Facts up to `version`: those since another one in the order of commits, or all of them; iterate it."""
+    """Facts up to `version`: those since another one in the order of commits, or all that count; iterate it."""
 
     version: int
     facts: Sequence[Fact] = ()
     whole: Columns | None = None
-    """All facts there are, where they are not those since."""
+    """All facts there are, or the heads, where they are not those since; `facts` are then those after it."""
 
     def __iter__(self) -> Iterator[Fact]:
-        return iter(self.facts) if self.whole is None else self.whole.facts()
+        return iter(self.facts) if self.whole is None else itertools.chain(self.whole.facts(), self.facts)
 
     def __len__(self) -> int:
-        return len(self.facts) if self.whole is None else len(self.whole)
+        return len(self.facts) + (0 if self.whole is None else len(self.whole))
 
 
 class Catalogue:
@@ -91,23 +96,50 @@ class Catalogue:
         table = self.snapshot()
         return -1 if table is None else int(table.version())
 
-    def facts(self, since_version: int | None = None) -> Changes:
+    def facts(self, since_version: int | None = None, *, history: bool = True) -> Changes:
         """All facts, or only those of commits after a version that an earlier call returned.
 
         All of them, too, when files of those commits are collected: the reader has slept for longer than the grace
-        period. Raises StoreUnavailable; a failed call has no effect and may be repeated.
+        period. Without `history`, in place of all those that `heads` selects. Raises StoreUnavailable; a failed call
+        has no effect and may be repeated.
         """
-        if since_version is None or since_version < 0:
-            return self._all_facts()
-        version, paths = since_version, list[str]()
-        while (entry := self._log_entry(version + 1)) is not None:
-            version += 1
-            paths += delta.added_with_data(entry)
         try:
-            found = delta.read(self._objects, paths, rows.SCHEMA)
-        except ObjectNotFound:
-            return self._all_facts()
-        return Changes(version, tuple(rows.from_arrow(found)))
+            if since_version is not None and since_version >= 0:
+                return self._since(since_version)
+            if not history and (found := self._heads()) is not None:
+                version, whole = found
+                return dataclasses.replace(self._since(version), whole=whole)
+        except ObjectNotFound as e:
+            log.info("reading all facts: %s", e)
+        return self._all_facts()
+
+    def _since(self, start: int) -> Changes:
+        """Facts after a version. Raises ObjectNotFound when their files are collected."""
+        version, paths = start, list[str]()
+        with ThreadPoolExecutor(_LOG_THREADS) as pool:
+            while True:
+                ahead = range(version + 1, version + 1 + (1 if version == start else _LOG_THREADS))
+                entries = [e for e in itertools.takewhile(bool, pool.map(self._log_entry, ahead)) if e]
+                paths += itertools.chain.from_iterable(map(delta.added_with_data, entries))
+                version += len(entries)
+                if len(entries) < len(ahead):
+                    break
+        return Changes(version, tuple(rows.from_arrow(delta.read(self._objects, paths, rows.SCHEMA))))
+
+    def _heads(self) -> tuple[int, Columns] | None:
+        try:
+            return heads.newest(self._objects)
+        except StoreUnavailable as e:
+            log.warning("heads are not readable: %s", e)
+            return None
+
+    def write_heads(self) -> None:
+        """Spare readers that need no history all facts up to now."""
+        if self.version() <= heads.version(self._objects):
+            return
+        found = self._all_facts()
+        if found.whole is not None:
+            heads.write(self._objects, found.version, found.whole)
 
     def table(self) -> pa.Table:
         """All facts as Arrow, unordered."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from itertools import groupby
 
 from ulid import ULID
 
@@ -22,15 +23,12 @@ from allele.store import delta
 from allele.store.catalogue import FOLDER, Catalogue
 from allele.store.errors import ObjectNotFound
 from allele.store.facts import Fact
-from allele.store.population import PopulationStore, chunks
+from allele.store.population import SEGMENT_BYTES, PopulationStore, chunks, portions
 from allele.store.retention import FOLDERS, Compact, Delete, Plan, Policy, plan
 from allele.store.writer import Writer
 
 RUN = "gc"
 """Under which collectors commit; runs have uids of Kubernetes, which look otherwise."""
-
-SEGMENT_BYTES = 512 << 20
-"""Bound of a segment that a compaction writes; a larger range gets one of its own."""
 
 _CHUNK_BYTES = 32 << 20
 _CHUNKS_AHEAD = 2
@@ -90,6 +88,7 @@ def collect(store: PopulationStore, *, policy: Policy, now: datetime, progress: 
     progress("delete", 0, len(first.delete))
     delete = survey(store, policy=policy, now=now).delete
     _delete(store, delete, progress)
+    store.catalogue.write_heads()
     return Collected(dataclasses.replace(first, compact=compact, delete=delete), tuple(damaged))
 
 
@@ -153,14 +152,8 @@ class _Compaction:
 def _batches(sparse: Sequence[Compact]) -> list[list[Compact]]:
     """Objects of one folder whose live bytes fit one new object."""
     made: list[list[Compact]] = []
-    room, folder = 0, ""
-    for item in sorted(sparse, key=lambda c: c.path):
-        size = sum(r.length for r in item.ranges)
-        if _folder(item.path) != folder or size > room:
-            made.append([])
-            room, folder = SEGMENT_BYTES, _folder(item.path)
-        made[-1].append(item)
-        room -= size
+    for _, some in groupby(sorted(sparse, key=lambda c: c.path), key=lambda c: _folder(c.path)):
+        made += portions(some, size=lambda c: sum(r.length for r in c.ranges), most=SEGMENT_BYTES)
     return made
 
 

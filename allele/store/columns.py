@@ -39,8 +39,10 @@ class Columns:
         self._ends: Ints = np.cumsum(np.bincount(members, minlength=len(names.dictionary)))
         kinds = self._table["kind"].combine_chunks()
         codes = [KINDS.index(k) if k in KINDS else -1 for k in kinds.dictionary.to_pylist()]
-        self._kinds = np.array(codes, np.int8)[kinds.indices.to_numpy()[self._rows]]
-        self._revisions: Ints = revision[self._rows]
+        self.kinds = np.array(codes, np.int8)[kinds.indices.to_numpy()[self._rows]]
+        """By place: number of the kind in KINDS, or -1 for one that a later version knows."""
+        self.revisions: Ints = revision[self._rows].astype(np.int64)
+        """By place; 0 without one."""
         self._places: Mapping[str, int] = {name: i for i, name in enumerate(names.dictionary.to_pylist())}
 
     @classmethod
@@ -50,6 +52,21 @@ class Columns:
     def __len__(self) -> int:
         """Facts."""
         return len(self._rows)
+
+    @property
+    def owners(self) -> Ints:
+        """By place: number of the member."""
+        return np.repeat(np.arange(len(self._ends)), np.diff(self._ends, prepend=0))
+
+    @property
+    def parents(self) -> Ints:
+        """By place; 0 without one."""
+        found: Ints = pc.fill_null(self._table["parent"], 0).to_numpy()[self._rows]
+        return found
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> pa.Table:
+        """The facts at these places."""
+        return self._table.take(pa.array(self._rows[chosen]))
 
     @property
     def table(self) -> pa.Table:
@@ -67,7 +84,7 @@ class Columns:
         if at is None:
             return
         begin, end = int(self._ends[at - 1]) if at else 0, int(self._ends[at])
-        kinds, revisions = self._kinds[begin:end].tolist(), self._revisions[begin:end].tolist()
+        kinds, revisions = self.kinds[begin:end].tolist(), self.revisions[begin:end].tolist()
         for place, kind, revision in zip(range(begin, end), kinds, revisions, strict=True):
             if kind >= 0:  # a later version's is none of ours
                 yield KINDS[kind], revision, place
@@ -83,7 +100,7 @@ class Columns:
 
     def with_kind(self, *kinds: Kind) -> set[str]:
         """Members with a fact of these kinds."""
-        chosen = np.isin(self._kinds, [KINDS.index(kind) for kind in kinds])
+        chosen = np.isin(self.kinds, [KINDS.index(kind) for kind in kinds])
         at = np.unique(np.searchsorted(self._ends, np.flatnonzero(chosen), side="right"))
         names = list(self._places)
         return {names[i] for i in at.tolist()}

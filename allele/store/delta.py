@@ -45,12 +45,17 @@ def live_files(table: DeltaTable) -> list[LiveFile]:
 
 def stage(objects: Objects, rows: pa.Table) -> LiveFile:
     """Write rows as a new parquet file, which does not count until a commit adds it."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
-    data = bytes(sink.getvalue())
+    data = encoded(rows)
     path = f"{ULID()}.parquet"
     objects.put(path, data)
     return LiveFile(path, len(data), milliseconds(datetime.now(UTC)))
+
+
+def encoded(rows: pa.Table) -> bytes:
+    """A parquet file with a checksum of each page."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue())
 
 
 def read(objects: Objects, paths: Sequence[str], schema: pa.Schema) -> pa.Table:

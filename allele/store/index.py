@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence, Set
 
 import pyarrow as pa
 
+from allele.store import heads
 from allele.store.catalogue import Catalogue, Changes
 from allele.store.columns import Columns, compact
 from allele.store.facts import Fact, to_arrow
@@ -83,9 +84,10 @@ class _Known:
             case "Retired":
                 known.retired = known.retired | {fact.revision}
 
-    def folded(self) -> _Known:
+    def folded(self, *, history: bool) -> _Known:
         """The same, all of it in columns."""
-        return _Known(Columns(pa.concat_tables([self.columns.table, compact(to_arrow(self.recent))])))
+        columns = Columns(pa.concat_tables([self.columns.table, compact(to_arrow(self.recent))]))
+        return _Known(columns if history else Columns(heads.select(columns)))
 
     def _build(self, name: str) -> _Member:
         found = _Member()
@@ -126,39 +128,44 @@ class _Known:
 class Index:
     """Not locked: one thread applies changes; others may read meanwhile and see each fact whole."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, *, history: bool = True) -> None:
+        """Without `history` it reads and keeps what counts now: see `heads.select` for what it then does not know."""
         self._catalogue = catalogue
+        self._history = history
         self._known = _Known(Columns.empty())
         self._served: tuple[int, Sequence[str]] = -1, ()
         self.version = -1
         """Catalogue version up to which facts are applied; -1 before the first."""
 
     @classmethod
-    def load(cls, catalogue: Catalogue) -> Index:
-        index = cls(catalogue)
+    def load(cls, catalogue: Catalogue, *, history: bool = True) -> Index:
+        index = cls(catalogue, history=history)
         index.apply(index.fetch())
         return index
 
     def refresh(self) -> list[Fact]:
-        """Apply and return what was committed since. An async caller runs `fetch` in a thread, then `apply`."""
+        """Apply and return what was committed since. An async caller runs `fetch` and `fold` in threads."""
         changes = self.fetch()
         self.apply(changes)
+        self.fold()
         return list(changes)
 
     def fetch(self) -> Changes:
         """What was committed since `version`; changes nothing."""
-        return self._catalogue.facts(None if self.version < 0 else self.version)
+        return self._catalogue.facts(None if self.version < 0 else self.version, history=self._history)
 
     def apply(self, changes: Changes) -> None:
-        if changes.whole is not None:
-            if changes.version >= self.version:
-                self._known = _Known(changes.whole)
-        else:
-            for fact in changes:
-                self._known.apply(fact)
-            if len(self._known.recent) >= max(FOLD_AFTER, len(self._known.columns) // 4):
-                self._known = self._known.folded()
+        if changes.whole is not None and changes.version >= self.version:
+            self._known = _Known(changes.whole)
+        for fact in changes.facts:
+            self._known.apply(fact)
         self.version = max(self.version, changes.version)
+
+    def fold(self) -> None:
+        """Turn recent facts into columns when there are many; seconds for millions. Not while changes are applied."""
+        known = self._known
+        if len(known.recent) >= max(FOLD_AFTER, len(known.columns) // 4):
+            self._known = known.folded(history=self._history)
 
     def __contains__(self, member: str) -> bool:
         return member in self._known.columns.members or member in self._known.changed

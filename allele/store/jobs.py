@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _place(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument("--store", required=True, help="s3://bucket/prefix or file:///dir")
+    command.add_argument("--store", required=True, help="s3://, gs://, az:// or file:///")
     command.add_argument("--namespace", required=True, help="first folder")
     command.add_argument("--population", required=True, help="folder in it")
     command.add_argument("--uid", required=True, help="of the AdapterPopulation; the record must name it")

@@ -1,9 +1,8 @@
-"""Objects of a store by URL: bytes in and out of S3 or a folder, with one set of errors and one set of credentials.
+"""Objects of a store by URL: bytes in and out of a bucket or a folder, with one set of errors.
 
-`s3://bucket/prefix` or `file:///dir`. Credentials and endpoint come from the environment under boto3's names and are
-translated here, once, for obstore and for deltalake. Requests are retried with exponential backoff and jitter by
-obstore; a create-only write whose answer was lost may therefore report AlreadyExists for its own object, so callers
-either use unique names or compare what they find.
+`address` says which URLs there are and where credentials come from. Requests are retried with exponential backoff and
+jitter by obstore; a create-only write whose answer was lost may therefore report AlreadyExists for its own object, so
+callers either use unique names or compare what they find.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -25,9 +24,10 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, S3Store
+from obstore.store import LocalStore
 
-from allele.protocol.errors import InvalidRequest
+from allele.store.address import Address
+from allele.store.backends import Backend, connect, delta_options
 from allele.store.errors import AlreadyExists, ObjectNotFound, StoreRefused, StoreUnavailable
 
 PART_BYTES = 8 << 20
@@ -37,8 +37,8 @@ _PARALLEL_PARTS = 8
 _COALESCE = 1 << 20
 """Bytes between two ranges that are cheaper to fetch than a second request."""
 
-_RETRY_SECONDS = 60
-_MAX_RETRIES = 8
+_REFUSED = re.compile(r"status code: 40[13]\b")
+"""How obstore says of a listing what of other requests is an error of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +49,14 @@ class ObjectInfo:
     """By the store's clock."""
 
 
-def s3_options(environ: Mapping[str, str]) -> dict[str, str]:
-    """boto3's environment variables → options that obstore and deltalake both take (no empty ones)."""
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or ""
-    options = {
-        "aws_access_key_id": environ.get("AWS_ACCESS_KEY_ID", ""),
-        "aws_secret_access_key": environ.get("AWS_SECRET_ACCESS_KEY", ""),
-        "aws_session_token": environ.get("AWS_SESSION_TOKEN", ""),
-        "aws_region": environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        "aws_endpoint": endpoint,
-        "aws_web_identity_token_file": environ.get("AWS_WEB_IDENTITY_TOKEN_FILE", ""),
-        "aws_role_arn": environ.get("AWS_ROLE_ARN", ""),
-        "aws_role_session_name": environ.get("AWS_ROLE_SESSION_NAME", ""),
-        "aws_container_credentials_relative_uri": environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ""),
-        "aws_container_credentials_full_uri": environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI", ""),
-        "aws_container_authorization_token_file": environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", ""),
-    }
-    allow_http = environ.get("AWS_ALLOW_HTTP", "").lower() == "true" or endpoint.startswith("http://")
-    return {k: v for k, v in options.items() if v} | {"aws_allow_http": str(allow_http).lower()}
+Version = Mapping[str, str]
+"""What tells one content of an object from the next: its etag, its generation, or both, by provider."""
 
 
 class Objects:
     """A folder of a store; `at` gives a folder below it over the same connections. Safe to share between threads."""
 
-    def __init__(self, backend: S3Store | LocalStore, *, root: str, prefix: str, options: Mapping[str, str]) -> None:
+    def __init__(self, backend: Backend, *, root: str, prefix: str, options: Mapping[str, str]) -> None:
         self._backend = backend
         self._root = root
         self._prefix = prefix
@@ -81,22 +65,15 @@ class Objects:
 
     @classmethod
     def open(cls, url: str, environ: Mapping[str, str] = os.environ) -> Objects:
-        """Raises InvalidRequest for another scheme; does not connect."""
-        parts = urlsplit(url)
-        prefix = unquote(parts.path).strip("/")
-        if parts.scheme == "file" and not parts.netloc and prefix:
-            return cls(LocalStore("/" + prefix, mkdir=True), root=f"file:///{prefix}", prefix="", options={})
-        if parts.scheme == "s3" and parts.netloc:
-            options = s3_options(environ)
-            backend = S3Store(
-                parts.netloc,
-                config={**options, "aws_conditional_put": "etag"},
-                retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
-                client_options={"timeout": "60s", "connect_timeout": "5s"},
-            )
-            delta = options | {"conditional_put": "etag", "max_retries": str(_MAX_RETRIES)}
-            return cls(backend, root=f"s3://{parts.netloc}", prefix=prefix, options=delta)
-        raise InvalidRequest(f"store: expected s3://bucket/prefix or file:///dir, found {url!r}")
+        """Raises InvalidRequest for another URL and for a missing variable, StoreRefused for credentials that are no
+        credentials; does not connect."""
+        address = Address.parse(url)
+        options = address.options(environ)
+        backend = connect(address, options)
+        if address.scheme == "file":
+            return cls(backend, root=f"file:///{address.prefix}", prefix="", options={})
+        root = f"{address.scheme}://{address.bucket}"
+        return cls(backend, root=root, prefix=address.prefix, options=delta_options(address, options))
 
     def at(self, folder: str) -> Objects:
         return Objects(self._backend, root=self._root, prefix=self._key(folder), options=self.delta_options)
@@ -147,22 +124,22 @@ class Objects:
         with self._errors(path):
             obstore.put(self._backend, self._key(path), data, mode="create")
 
-    def get_version(self, path: str) -> tuple[bytes, str]:
+    def get_version(self, path: str) -> tuple[bytes, Version]:
         """The object, and which version of it this is, for `replace`."""
         with self._errors(path):
             found = obstore.get(self._backend, self._key(path))
-            return bytes(found.bytes()), str(found.meta["e_tag"])
+            return bytes(found.bytes()), _version(found.meta)
 
-    def replace(self, path: str, data: bytes, *, version: str) -> None:
+    def replace(self, path: str, data: bytes, *, version: Version) -> None:
         """Write over the version that was read. Raises AlreadyExists when the object is another one by now.
 
         A folder has no such write: there it is looked at first, and of two writers at once both may get through.
         """
         with self._errors(path):
-            if isinstance(self._backend, S3Store):
-                obstore.put(self._backend, self._key(path), data, mode={"e_tag": version})
+            if not isinstance(self._backend, LocalStore):
+                obstore.put(self._backend, self._key(path), data, mode=dict(version))
                 return
-            if obstore.head(self._backend, self._key(path))["e_tag"] != version:
+            if _version(obstore.head(self._backend, self._key(path))) != version:
                 raise PreconditionError("changed meanwhile")
             obstore.put(self._backend, self._key(path), data)
 
@@ -212,7 +189,13 @@ class Objects:
         except (PermissionDeniedError, UnauthenticatedError) as e:
             raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
         except (BaseError, OSError) as e:
+            if _REFUSED.search(_first_line(e)):
+                raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
             raise StoreUnavailable(f"{where}: {_first_line(e)}") from e
+
+
+def _version(meta: Any) -> Version:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
 
 @dataclasses.dataclass(slots=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from ulid import ULID
@@ -21,12 +22,18 @@ from allele.protocol.errors import DigestMismatch, InvalidRequest
 from allele.protocol.wire import Wire
 from allele.store.catalogue import Catalogue
 from allele.store.errors import AlreadyExists, ObjectNotFound, OwnershipError, StoreUnavailable
-from allele.store.objects import Objects
+from allele.store.objects import Objects, Version
 from allele.store.provenance import Provenance
 
 SegmentKind = Literal["segments", "states"]
 
+T = TypeVar("T")
+
 RECORD = "population.json"
+
+SEGMENT_BYTES = 512 << 20
+"""Bound of an object of many adapters, so that one upload, copy or deletion stays short."""
+
 _USUAL = "Standard Untouched"
 _CLAIMS = 8
 """Times that a claim looks again after somebody else wrote the record in between."""
@@ -35,7 +42,7 @@ RESERVED = ("bases", "factors")
 
 
 class PopulationRecord(Wire):
-    """Who owns a folder; `shapes` is group → digest of its AdapterShape."""
+    """Who owns a folder; `shapes` is group → digest of its AdapterShape. Fields of later versions stay as found."""
 
     uid: str
     base_digest: str
@@ -79,11 +86,11 @@ class PopulationStore:
         found = self.recorded()
         return found[0] if found else None
 
-    def recorded(self) -> tuple[PopulationRecord, str] | None:
+    def recorded(self) -> tuple[PopulationRecord, Version] | None:
         """The owner's record and its version, for `Objects.replace`."""
         try:
             data, version = self.objects.get_version(RECORD)
-            return PopulationRecord.model_validate_json(data), version
+            return PopulationRecord.model_validate_json(data, extra="allow"), version
         except ObjectNotFound:
             return None
         except ValidationError as e:
@@ -98,9 +105,14 @@ class PopulationStore:
                     return
                 found, version = there
                 self._check_owner(record, found)
-                both = {"shapes": found.shapes | record.shapes, "inits": found.inits | record.inits}
-                merged = record.model_copy(update=both)
-                if merged != found.model_copy(update={"adopt": record.adopt}):
+                merged = found.model_copy(
+                    update={
+                        "uid": record.uid,
+                        "shapes": found.shapes | record.shapes,
+                        "inits": found.inits | record.inits,
+                    }
+                )
+                if merged != found:
                     self.objects.replace(RECORD, merged.model_dump_json().encode(), version=version)
                 return
         raise StoreUnavailable(f"{self.objects.url(RECORD)}: others write it all the time; claim again")
@@ -137,21 +149,24 @@ class PopulationStore:
     def write_segment(
         self, adapters: Mapping[str, bytes | memoryview], kind: SegmentKind = "segments"
     ) -> dict[str, ByteRange]:
-        """Write packed adapters (or states) of members as one new object; nothing refers to it until a commit does."""
-        if not adapters:
-            return {}
+        """Write packed adapters (or states) of members as new objects of at most SEGMENT_BYTES each, in their order.
+
+        Nothing refers to them until a commit does. An adapter that is larger gets an object of its own.
+        """
         for member in adapters:
             if not MEMBER_NAME.fullmatch(member):
                 raise InvalidRequest(f"member: expected 1 to 63 of A-Z a-z 0-9 . _ -, found {member!r}")
-        path = f"{kind}/{ULID()}.seg"
+        views = {member: memoryview(data).cast("B") for member, data in adapters.items()}
         ranges: dict[str, ByteRange] = {}
-        offset = 0
-        for member, data in adapters.items():
-            view = memoryview(data).cast("B")
-            digest = hashlib.sha256(view).hexdigest()
-            ranges[member] = ByteRange(path=path, offset=offset, length=view.nbytes, digest=digest)
-            offset += view.nbytes
-        self.objects.put(path, (memoryview(d).cast("B") for d in adapters.values()))
+        for members in portions(views, size=lambda m: views[m].nbytes, most=SEGMENT_BYTES):
+            path = f"{kind}/{ULID()}.seg"
+            offset = 0
+            for member in members:
+                view = views[member]
+                digest = hashlib.sha256(view).hexdigest()
+                ranges[member] = ByteRange(path=path, offset=offset, length=view.nbytes, digest=digest)
+                offset += view.nbytes
+            self.objects.put(path, (views[m] for m in members))
         return ranges
 
     def read(self, where: ByteRange) -> bytes:
@@ -213,7 +228,7 @@ class PopulationStore:
         path = f"provenance/{sha256}.json"
         data = self.objects.get(path)
         self._checked(ByteRange(path=path, offset=0, length=max(1, len(data)), digest=sha256), data)
-        return Provenance.model_validate_json(data)
+        return Provenance.decode(data)
 
     def _checked(self, where: ByteRange, data: bytes) -> bytes:
         self._check_length(where, where.offset + len(data))
@@ -237,18 +252,24 @@ class PopulationStore:
             self._check_length(where, end)
 
 
-def chunks(ranges: Iterable[ByteRange], *, most: int) -> Iterator[list[ByteRange]]:
-    """Ranges in their order, in parts of one object and of at most `most` bytes, or of one larger range."""
-    part: list[ByteRange] = []
-    size = 0
-    for place in ranges:
-        if part and (place.path != part[0].path or size + place.length > most):
+def portions(items: Iterable[T], *, size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Items in their order, in parts of at most `most` together, or of one that is larger."""
+    part: list[T] = []
+    total = 0
+    for item in items:
+        if part and total + size(item) > most:
             yield part
-            part, size = [], 0
-        part.append(place)
-        size += place.length
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
     if part:
         yield part
+
+
+def chunks(ranges: Iterable[ByteRange], *, most: int) -> Iterator[list[ByteRange]]:
+    """Ranges in their order, in parts of one object and of at most `most` bytes, or of one larger range."""
+    for _, some in groupby(ranges, key=lambda r: r.path):
+        yield from portions(some, size=lambda r: r.length, most=most)
 
 
 def _by_path(ranges: Sequence[ByteRange]) -> Iterator[tuple[str, list[int]]]:

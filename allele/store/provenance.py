@@ -1,4 +1,8 @@
-"""Provenance: where the revisions of one commit come from. Stored once per commit, addressed by its sha256."""
+"""Provenance: where the revisions of one commit come from. Stored once per commit, addressed by its sha256.
+
+Documents outlive versions of this code as facts do: fields are only ever added, with a default, and a reader leaves
+out those that it does not know.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 
 from pydantic import AwareDatetime, Field
 
-from allele.protocol.commands import OptimizerSpec, ProbeSequence
+from allele.protocol.commands import OptimizerSpec, ProbeSequence, TrainerSetting
 from allele.protocol.initialisation import BaseMode, InitKind, Scaling, scale_of, stored_rank
 from allele.protocol.wire import Wire
 
@@ -54,6 +58,16 @@ class DataRange(Wire):
     prompts: int
 
 
+class SamplingRef(Wire):
+    """How completions were drawn."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    """Longest completion."""
+    stop_token_ids: tuple[int, ...]
+
+
 class ImportRef(Wire):
     """The folder that a revision was imported from."""
 
@@ -64,8 +78,6 @@ class ImportRef(Wire):
 
 class Versions(Wire):
     allele: str
-    torch: str = ""
-    megatron_core: str = ""
     sglang: str = ""
 
 
@@ -81,6 +93,8 @@ class Provenance(Wire):
     step: int
     base: BaseRef
     tokenizer_digest: str
+    chat_template_digest: str = ""
+    """Of the template in the base's folder, as `allele_driver.tokenizer.chat_template` finds it; empty without one."""
     shapes: dict[str, ShapeRef]
     """By group."""
     environment: str
@@ -90,9 +104,13 @@ class Provenance(Wire):
     code_digest: str = ""
     """Of the user's code on the Python path; empty without any."""
     data: DataRange
+    sampling: SamplingRef | None = None
+    """None: nothing was sampled."""
     policy_lag: dict[int, int] = Field(default_factory=dict)
     """Lag in revisions → samples."""
     image: str = ""
+    """Of the driver."""
+    trainer: TrainerSetting | None = None
     versions: Versions
     optimizer: OptimizerSpec
     loss: dict[str, Any]
@@ -106,6 +124,11 @@ class Provenance(Wire):
     def encode(self) -> bytes:
         """Canonical JSON: equal provenance has equal bytes."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Provenance:
+        """Also of a document that a later version wrote."""
+        return cls.model_validate_json(data, extra="ignore")
 
     @property
     def sha256(self) -> str:

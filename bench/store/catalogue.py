@@ -114,14 +114,21 @@ def index(report: Report, place: Place, *, members: int, asked: int = 20_000) ->
 
 
 def long_history(report: Report, place: Place, *, commits: int, members: int = 16) -> None:
-    """A catalogue as so many commits leave it: a log entry for each, its facts in files as compaction made them."""
+    """A catalogue as so many commits leave it: a log entry for each, its facts in files as compaction made them.
+
+    One commit in ten made revisions, of which all but the newest ten are retired, as by a collector that runs daily.
+    """
     catalogue = Catalogue.open(place.store())
     table = catalogue.snapshot(create=True)
     assert table is not None
     folder = pathlib.Path(catalogue.objects.url().removeprefix("file://")) / "_delta_log"
     per_file = 1000
     for at in range(0, commits, per_file):
-        rows = pa.concat_tables([committed(members, revision=at + i + 1) for i in range(0, per_file, 10)])
+        made = [at + i + 1 for i in range(0, per_file, 10)]
+        retired = [r for r in made if r <= commits - 100]
+        facts = [committed(members, revision=r) for r in made]
+        facts += [committed(members, revision=r, kind="Retired") for r in retired]
+        rows = pa.concat_tables(facts)
         file = delta.stage(catalogue.objects, rows)
         first = at + 1
         for version in range(first, first + per_file):
@@ -136,6 +143,14 @@ def long_history(report: Report, place: Place, *, commits: int, members: int = 1
     fact = Fact(kind="Committed", member="m", revision=1, digest="d", segment="s", offset=0, length=1, shape="s")
     what = f"{commits} commits of history: "
     found = _timed(report, what + "load of an index", place, lambda: Index.load(Catalogue.open(catalogue.objects)))
+    catalogue.write_heads()
+    gateway = _timed(
+        report,
+        what + "load of what counts now",
+        place,
+        lambda: Index.load(Catalogue.open(catalogue.objects), history=False),
+    )
+    assert gateway.newest("user-00000000") == found.newest("user-00000000")
     writer = _timed(report, what + "start of a writer", place, lambda: fresh.start("another"))
     _timed(report, what + "commit", place, lambda: writer.commit(1, [fact]))
     news = _timed(report, what + "news of it", place, found.refresh)

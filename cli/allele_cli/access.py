@@ -14,18 +14,20 @@ import typer
 
 from allele.api.store import AdapterStoreSpec
 from allele.protocol.adapters import AdapterName, parse_model
+from allele.store.address import FORMS
 from allele.store.facts import Fact
 from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele_cli.failure import Failure
+from allele_operator.planning.render.access import StoreAccess
 
 StoreOption = Annotated[
     str | None,
     typer.Option(
         "--store",
         envvar="ALLELE_STORE",
-        help="s3://bucket/prefix or file:///dir; absent: the AdapterStore of the population in the cluster.",
+        help=f"{FORMS}; absent: the AdapterStore of the population in the cluster.",
     ),
 ]
 Adapter = Annotated[str, typer.Argument(help="population/member or population/member@revision.")]
@@ -87,16 +89,18 @@ def _store_of(population: str, namespace: str) -> str:
 
 
 def _reach(spec: AdapterStoreSpec, namespace: str) -> tuple[str, dict[str, str]]:
-    """URL of a store, and the environment that opens it."""
-    environ = dict(os.environ)
-    if spec.credentials.secret_name:
-        secret = get("secret", spec.credentials.secret_name, namespace)
-        environ |= {k: base64.b64decode(v).decode() for k, v in secret.get("data", {}).items()}
-    environ["AWS_REGION"] = spec.region
-    if spec.endpoint:
-        environ["AWS_ENDPOINT_URL"] = spec.endpoint
-        environ["AWS_ALLOW_HTTP"] = str(spec.endpoint.startswith("http://")).lower()
-    return f"s3://{spec.bucket}/{spec.prefix}".rstrip("/"), environ
+    """URL of a store, and the environment that opens it: what its pods have. Raises Failure for a missing key."""
+    access, environ, secret = StoreAccess.of(spec), dict(os.environ), spec.credentials.secret_name
+    data = get("secret", secret, namespace).get("data", {}) if secret else {}
+    for variable in access.env:
+        name = variable["name"]
+        if "value" in variable:
+            environ[name] = variable["value"]
+        elif name in data:
+            environ[name] = base64.b64decode(data[name]).decode()
+        else:
+            raise Failure(f"secret {namespace}/{secret}: expected the key {name}, found {', '.join(data) or 'none'}")
+    return access.url, environ
 
 
 def get(kind: str, name: str, namespace: str) -> dict[str, Any]:

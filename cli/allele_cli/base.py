@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from allele.store import bases
+from allele.store.address import FORMS
 from allele_cli.access import split_uri
 from allele_cli.residual import residual
 
@@ -18,9 +19,7 @@ app.command()(residual)
 @app.command()
 def put(
     directory: Annotated[Path, typer.Argument(help="Folder with config.json, tokenizer and safetensors.")],
-    to: Annotated[
-        str, typer.Option(help="Where: <store>/bases/<name>, <store> as in s3://bucket/prefix or file:///dir.")
-    ],
+    to: Annotated[str, typer.Option(help=f"Where: <store>/bases/<name>, <store> as in {FORMS}.")],
 ) -> None:
     """Upload a base model and print its digest.
 

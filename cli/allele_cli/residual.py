@@ -13,6 +13,7 @@ from allele.api.pool import QWEN3_TARGETS
 from allele.protocol.commands import AdapterSpec
 from allele.protocol.initialisation import InitSpec
 from allele.store import bases
+from allele.store.address import FORMS
 from allele.store.factors import FactorStore
 from allele.store.objects import Objects
 from allele_cli.access import split_uri
@@ -41,9 +42,7 @@ class Dtype(enum.StrEnum):
 def residual(
     directory: Annotated[Path, typer.Argument(help="Folder with the base: config.json, tokenizer and safetensors.")],
     kind: Annotated[Kind, typer.Option(help="What adapters start from, as in adapter.init.kind.")],
-    to: Annotated[
-        str, typer.Option(help="Where: <store>/bases/<name>, <store> as in s3://bucket/prefix or file:///dir.")
-    ],
+    to: Annotated[str, typer.Option(help=f"Where: <store>/bases/<name>, <store> as in {FORMS}.")],
     rank: Annotated[int, typer.Option(help="As in adapter.rank.", min=1, max=256)] = 8,
     alpha: Annotated[float, typer.Option(help="As in adapter.alpha.", min=1e-6)] = 16,
     scaling: Annotated[Scaling, typer.Option(help="As in adapter.scaling.")] = Scaling.Standard,

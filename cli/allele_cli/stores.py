@@ -19,6 +19,8 @@ def stores(
 ) -> None:
     """AdapterStores of the namespace as the operator found them; with --store, what a probe from here finds.
 
+    LATENCY is that of a put, a get and a conditional put.
+
     Example: `allele stores --namespace allele-demo`
     """
     if store is None:
@@ -30,6 +32,7 @@ def stores(
         "IfMatch": made.if_match,
         "RangedRead": made.ranged_read,
         "List": made.list,
+        "Checksums": made.checksums,
     }
     row = {
         "name": None,
@@ -37,7 +40,8 @@ def stores(
         "reachable": str(made.reachable),
         "reason": made.reason,
         "capabilities": " ".join(name for name, there in names.items() if there),
-        "message": made.message,
+        "latency": made.latency and str(made.latency),
+        "message": made.message.removeprefix(f"{store}: "),
     }
     show([row], fmt=output)
 
@@ -51,8 +55,14 @@ def _found(obj: dict[str, Any]) -> dict[str, Any]:
         "reachable": reachable.get("status", "Unknown"),
         "reason": reachable.get("reason"),
         "capabilities": " ".join(status.get("capabilities", ())),
+        "latency": _latency(status.get("latency")),
         "message": reachable.get("message"),
     }
+
+
+def _latency(found: dict[str, int] | None) -> str | None:
+    """As a probe's, but rounded up."""
+    return "{put}/{get}/{conditionalPut} ms".format(**found) if found else None
 
 
 def populations(

@@ -20,6 +20,7 @@ from allele.protocol.bundle import RunBundle
 from allele.protocol.errors import InvalidRequest, StaleEpoch
 from allele.protocol.serving import Gate, GatewayStatus
 from allele.store import FencedError, PopulationStore, StoreRefused
+from allele.store.address import FORMS
 from allele_driver import logs, wire
 from allele_driver.environments.scoring import EnvironmentFailed
 from allele_driver.loop import record, setup
@@ -60,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
         prog="allele_driver", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run-dir", type=Path, required=True, help="folder with run.json and manifests/")
-    parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
+    parser.add_argument("--store", required=True, help=FORMS)
     parser.add_argument("--trainer", required=True, help="URL of the trainer")
     parser.add_argument("--gateways", required=True, help="internal URLs of the gateways, comma-separated")
     parser.add_argument("--report", required=True, help="URL that takes progress at /v1/progress")
@@ -166,7 +167,7 @@ async def _drive(
             population=bundle.population,
             patience=patience,
         )
-        info, status = await trainer.info(), await gateways.status()
+        status = await gateways.status()
         check_base(status, bundle)
         roller = Roller(gateways, run=bundle.run_uid, stop=base.tokenizer.stop_token_ids, context=base.context)
         equipment = Equipment(
@@ -177,11 +178,8 @@ async def _drive(
             origin=record.Origin(
                 bundle=bundle,
                 fence=ledger.fence,
-                tokenizer_digest=base.tokenizer.digest,
-                versions=record.versions(
-                    torch=info.torch, megatron_core=info.megatron_core, sglang=status.engine_version
-                ),
-                residual_of=base.residual.source_digest if base.residual else "",
+                base=base,
+                sglang=status.engine_version,
             ),
             voice=Voice(tally, reporter),
             stopping=stopping,

@@ -30,6 +30,19 @@ class HfTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def chat_template(jinja: bytes | None, tokenizer_config: bytes | None) -> str:
+    """Digest of chat_template.jinja, or else of `chat_template` in tokenizer_config.json (a list of named ones as
+    canonical JSON); empty when the base has none."""
+    found: Any = jinja
+    if found is None and tokenizer_config:
+        found = json.loads(tokenizer_config).get("chat_template")
+    if not found:
+        return ""
+    if isinstance(found, list):
+        found = json.dumps(found, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(found if isinstance(found, bytes) else found.encode()).hexdigest()}"
+
+
 def stop_tokens(generation_config: bytes | None, config: bytes) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, or else of config.json: one id or several."""
     for data in (generation_config, config):

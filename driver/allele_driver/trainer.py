@@ -28,7 +28,6 @@ from allele.protocol.commands import (
     ResetDone,
     SaveState,
     SaveStateDone,
-    TrainerInfo,
 )
 from allele.protocol.losses import LossSpec
 from allele.protocol.samples import MEDIA_TYPE, TRAIN, encode
@@ -52,10 +51,6 @@ class Trainer:
         self._seq = 0
         self.incarnation = ""
         """Of the trainer that knows our rows; empty before the first reset."""
-
-    async def info(self) -> TrainerInfo:
-        data = await self._patience.until("trainer", lambda: wire.get(self._session, f"{self._url}/v1/info"))
-        return TrainerInfo.model_validate_json(data)
 
     async def reset(self, *, epoch: int, namespace: str, population: str, members: Sequence[MemberStart]) -> ResetDone:
         """Forget all rows of the run; they come back from the store as `members` say."""

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Builds the Go programs of the cluster at pinned versions into the cache: tools.sh [NAME...]
+# Builds the programs of the cluster at pinned versions into the cache: tools.sh [NAME...]
 # About 17 minutes on two cores for all of them from nothing; nothing to do when they are there.
+# The tests' servers of other clouds are built when they are named, a minute for both; tests do that themselves.
 # Kubernetes, etcd and JobSet cannot be installed by `go install module@version` (replace directives,
 # or a version list that proxies refuse), so gomods/ holds a module for each that pins what it needs.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 ALL=(kubernetes etcd jobset helm coredns versitygw kubeconform)
+CLOUDS=(azurite fakegcs)
 # Static, because some of them become images without a libc; the same flags always, or Go compiles everything again.
 export CGO_ENABLED=0
 FLAGS=(-v -trimpath -mod=readonly)
@@ -33,6 +35,12 @@ build_helm() {
 build_coredns() { install_module "$1" '' "github.com/coredns/coredns@v$COREDNS_VERSION"; }
 build_versitygw() { install_module "$1" '' "github.com/versity/versitygw/cmd/versitygw@v$VERSITYGW_VERSION"; }
 build_kubeconform() { install_module "$1" '' "github.com/yannh/kubeconform/cmd/kubeconform@v$KUBECONFORM_VERSION"; }
+build_fakegcs() { install_module "$1" '' "github.com/fsouza/fake-gcs-server@v$FAKEGCS_VERSION"; }
+build_azurite() {
+  cp -r "$HERE"/npm/azurite/. "$1"
+  # --loglevel: it asks for a newer Node, and runs on 20
+  npm ci --prefix "$1" --ignore-scripts --no-audit --no-fund --loglevel error
+}
 install_module() { GOBIN=$1 go install -v -trimpath -ldflags "-s -w $2" "$3"; }
 
 # heartbeat LABEL LOG: go build -v names each package when it is compiled, so lines of the log measure progress
@@ -56,7 +64,7 @@ make_tool() { # NAME
   trap "kill $beat 2>/dev/null" EXIT
   if ! (cd "$HERE/gomods/$name" 2>/dev/null || cd /; "build_$name" "$tmp") >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    fail "$(basename "$dir") did not build; the whole log is $log. It needs Go 1.26 and a module proxy that answers (go env GOPROXY). To go on: $0 $name"
+    fail "$(basename "$dir") did not build; the whole log is $log. It needs Go 1.26 and a module proxy that answers (go env GOPROXY); azurite needs Node 20 and npm. To go on: $0 $name"
   fi
   kill "$beat"
   trap - EXIT
@@ -67,7 +75,7 @@ make_tool() { # NAME
 
 wanted=()
 for name in "${@:-${ALL[@]}}"; do
-  [[ " ${ALL[*]} " == *" $name "* ]] || fail "unknown tool '$name'; the tools are: ${ALL[*]}"
+  [[ " ${ALL[*]} ${CLOUDS[*]} " == *" $name "* ]] || fail "unknown tool '$name'; the tools are: ${ALL[*]} ${CLOUDS[*]}"
   [ -d "$(tool "$name")" ] || wanted+=("$name")
 done
 [ ${#wanted[@]} -gt 0 ] || exit 0

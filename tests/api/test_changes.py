@@ -15,6 +15,7 @@ GROUP = {"name": "g", "members": {"count": 16}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("AdapterStore", {"bucket": "other"}, "bucket is immutable: create another AdapterStore"),
     ("AdapterStore", {"prefix": "other"}, "prefix is immutable: create another AdapterStore"),
+    ("AdapterStore", {"provider": "GCS"}, "provider is immutable: create another AdapterStore"),
     ("BasePool", {"base": {"digest": OTHER}}, "base is immutable: create another pool"),
     ("BasePool", {"storeRef": "other"}, "storeRef is immutable: create another pool"),
     ("BasePool", {"trainer": None}, "trainer cannot be added or removed: create another pool"),
@@ -95,7 +96,7 @@ def test_defaults_are_in_the_stored_object(kubectl: Kubectl) -> None:
     assert pool["rollout"] == {"replicas": 1, "slots": 16}
     assert pool["adapters"]["targets"][0] == "q_proj"
     store = json.loads(kubectl.ok("get", "ast", "changes", "-o=json"))["spec"]
-    assert store["region"] == "us-east-1"
+    assert (store["provider"], store["prefix"]) == ("S3", "")
 
 
 def test_status_is_written_apart(kubectl: Kubectl) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from allele_cli.local import make_plan
-from allele_cli.local.pods import INHERITED
-from allele_cli.local.session import Ports, driver_parts, local_pods, pool_parts
+from allele_cli.local.pods import INHERITED, Addresses, localise
+from allele_cli.local.session import Ports, driver_parts, local_pods, pool_parts, store_access
 from allele_operator.planning.render.driver import driver_pod
 from allele_operator.planning.render.pool import rollout_pod, trainer_pod
 
@@ -82,3 +82,16 @@ def test_rendered_run_file_is_the_operators(plan) -> None:
 
     local_pods(plan, PORTS, token="t")
     assert (plan.out / "driver/run/run.json").read_text() == run_json(driver_parts(plan).bundle)
+
+
+def test_a_bucket_is_reached_by_our_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
+    monkeypatch.setenv("SOMETHING_ELSE", "x")
+    access = store_access("gs://bucket/prefix")
+    pod = {"containers": [{"name": "c", "command": ["x"], "env": list(access.env)}]}
+    none = Addresses(paths={}, hosts={}, words={})
+    (process,) = localise(pod, name="p", root=Path("/tmp"), addresses=none, given={}, restarts=0).containers
+    assert access.url == "gs://bucket/prefix"
+    assert process.env["GOOGLE_APPLICATION_CREDENTIALS"] == "/home/me/key.json"
+    assert "SOMETHING_ELSE" not in process.env
+    assert store_access("file:///dir").env == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from allele.store import Fact, Objects, PopulationRecord, PopulationStore
+from allele_cli.access import stores_of
 from allele_cli.failure import Failure
 from allele_cli.main import app
 
@@ -25,6 +27,7 @@ STORE: dict[str, Any] = {
     "status": {
         "url": "s3://the-bucket",
         "capabilities": ["CreateOnly", "List"],
+        "latency": {"put": 12, "get": 8, "conditionalPut": 14},
         "conditions": [{"type": "Reachable", "status": "True", "reason": "Reachable", "message": "all well"}],
     },
 }
@@ -122,6 +125,7 @@ def test_stores_are_those_of_the_namespace(store: PopulationStore) -> None:
         "reachable": "True",
         "reason": "Reachable",
         "capabilities": "CreateOnly List",
+        "latency": "12/8/14 ms",
         "message": "all well",
     }
     store.claim(PopulationRecord(uid="uid-1", base_digest="b", shapes={}))
@@ -131,3 +135,52 @@ def test_stores_are_those_of_the_namespace(store: PopulationStore) -> None:
 def test_what_the_cluster_does_not_know_is_named_in_one_line(store: PopulationStore) -> None:
     with pytest.raises(Failure, match="adapterpopulation team/nobody: nobody not found; give --store"):
         RUNNER.invoke(app, ["gc", "nobody", "--namespace", "team"], catch_exceptions=False)
+
+
+def write_answers(folder: Path, spec: dict[str, Any], secret: dict[str, str]) -> None:
+    """What kubectl says of a namespace with one store and one secret."""
+    data = {name: base64.b64encode(value.encode()).decode() for name, value in secret.items()}
+    (folder / "adapterstore --namespace").write_text(json.dumps({"items": [STORE | {"spec": spec}]}))
+    (folder / "secret keys").write_text(json.dumps({"data": data}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "secret", "url", "environ"),
+    [
+        (
+            {"bucket": "bbb", "endpoint": "http://s3:7070"},
+            {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"},
+            "s3://bbb",
+            {"AWS_ACCESS_KEY_ID": "id", "AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": "http://s3:7070"},
+        ),
+        (
+            {"provider": "GCS", "bucket": "bbb", "prefix": "p/q"},
+            {"GOOGLE_SERVICE_ACCOUNT_KEY": "{}"},
+            "gs://bbb/p/q",
+            {"GOOGLE_SERVICE_ACCOUNT_KEY": "{}"},
+        ),
+        (
+            {"provider": "Azure", "account": "alleles", "bucket": "bbb"},
+            {"AZURE_STORAGE_ACCOUNT_KEY": "a2V5", "SOMETHING_ELSE": "x"},
+            "az://bbb",
+            {"AZURE_STORAGE_ACCOUNT_NAME": "alleles", "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"},
+        ),
+    ],
+)
+def test_a_store_is_opened_with_what_its_pods_have(
+    store: PopulationStore,
+    tmp_path: Path,
+    spec: dict[str, Any],
+    secret: dict[str, str],
+    url: str,
+    environ: dict[str, str],
+) -> None:
+    named = spec | {"credentials": {"secretName": "keys"}}
+    write_answers(tmp_path, named, secret)
+    ((found, variables),) = stores_of("team", None)
+    assert found == url
+    assert {name: variables[name] for name in environ} == environ
+    assert "SOMETHING_ELSE" not in variables
+    write_answers(tmp_path, named, {"OTHER": "x"})
+    with pytest.raises(Failure, match=r"secret team/keys: expected the key .*, found OTHER"):
+        stores_of("team", None)

@@ -17,12 +17,16 @@ from tests.driver.driver_parts import BASE, EXAMPLE, DrivenRun, Pool
 STEPS = 14
 
 
+def trainer_info(pool: Pool) -> TrainerInfo:
+    with urllib.request.urlopen(f"{pool.trainer_url}/v1/info", timeout=10) as reply:
+        return TrainerInfo.model_validate_json(reply.read())
+
+
 def test_members_learn_and_every_step_is_one_commit(run: Callable[..., DrivenRun], pool: Pool) -> None:
     learning = run("learns", members=4, steps=STEPS)
     driver = learning.start()
     assert driver.wait() == 0, driver.output()[-3000:]
-    with urllib.request.urlopen(f"{pool.trainer_url}/v1/info", timeout=10) as reply:
-        assert TrainerInfo.model_validate_json(reply.read()).used == 0, "a run that ended gives its slots back"
+    assert trainer_info(pool).used == 0, "a run that ended gives its slots back"
 
     assert learning.commits() == list(range(STEPS + 2))
     committed = learning.committed()
@@ -53,7 +57,16 @@ def test_provenance_names_where_revisions_come_from(run: Callable[..., DrivenRun
     assert found.base.digest == traced.bundle.population_spec.base.digest
     assert found.environment == "environment:Preferences"
     assert found.code_digest.startswith("sha256:")
-    assert found.versions.torch and found.versions.megatron_core and found.versions.sglang
+    assert found.versions.allele and found.versions.sglang
+    info = trainer_info(traced.pool)
+    assert found.trainer == info.setting
+    assert found.trainer.layout == {"tp": 1, "pp": 1, "ep": 1, "dp": 1, "sequence_parallel": 0, "recompute": 0}
+    assert (found.trainer.device, found.trainer.dtype) == ("cpu", "float32")
+    assert found.sampling is not None
+    settings = traced.bundle.run_spec.groups[0].sampling
+    assert found.sampling.model_dump(exclude={"stop_token_ids"}) == settings.model_dump()
+    ends = json.loads((BASE / "generation_config.json").read_bytes())["eos_token_id"]
+    assert found.sampling.stop_token_ids == (tuple(ends) if isinstance(ends, list) else (ends,))
     assert 1 <= len(found.probes) <= 4
     assert sum(len(p.completion) for p in found.probes) == len(last[0].probe or ())
     assert set(found.policy_lag) == {0}
@@ -72,6 +85,8 @@ def test_every_digest_of_the_provenance_can_be_computed_from_its_source(run: Cal
         found = store.read_provenance(sha)
         assert found.base.digest == bases.digest(BASE)
         assert found.tokenizer_digest == "sha256:" + sha256((BASE / "tokenizer.json").read_bytes())
+        template = json.loads((BASE / "tokenizer_config.json").read_bytes())["chat_template"]
+        assert found.chat_template_digest == "sha256:" + sha256(template.encode())
         assert found.code_digest == "sha256:" + sha256((EXAMPLE / "environment.py").read_bytes())
         assert found.environment_parameters == traced.bundle.run_spec.groups[0].environment.parameters
         assert {name: (s.digest, s.seed) for name, s in found.shapes.items()} == {

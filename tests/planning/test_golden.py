@@ -20,7 +20,7 @@ from allele_operator.planning.model import Obj, Options, Ref
 from allele_operator.planning.own_pool import own_pool
 from allele_operator.planning.render import driver, store, upkeep
 from allele_operator.planning.render import pool as render
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.run import driver_parts
 from tests.planning.cluster import OPTIONS, Cluster
 from tests.planning.resources import demo, pool, population, run, runtime
@@ -61,14 +61,16 @@ class _Plain(yaml.SafeDumper):
 _Plain.add_representer(str, _Plain.represent_str)
 
 
-def _pool(body: Obj, *, options: Options = OPTIONS, with_runtime: Obj | None = None) -> list[Obj]:
+def _pool(
+    body: Obj, *, options: Options = OPTIONS, with_runtime: Obj | None = None, with_store: Obj | None = None
+) -> list[Obj]:
     body["metadata"]["uid"] = "pool-uid"
     parts = render.PoolParts(
         name=body["metadata"]["name"],
         namespace="ns",
         spec=BasePoolSpec.model_validate(body["spec"]),
         runtime=AdapterRuntimeSpec.model_validate((with_runtime or runtime())["spec"]),
-        store=StoreAccess.of(AdapterStoreSpec.model_validate(a_store()["spec"])),
+        store=StoreAccess.of(AdapterStoreSpec.model_validate((with_store or a_store())["spec"])),
     )
     return [*render.services(body, parts), *render.workloads(body, parts, options)[1]]
 
@@ -90,8 +92,7 @@ def _driver(body: Obj, *, with_runtime: Obj | None = None, with_population: Obj 
     return [driver.bundle_config_map(seen, parts.bundle), driver.driver_job(seen, parts)]
 
 
-def _probe() -> list[Obj]:
-    body = a_store()
+def _probe(body: Obj) -> list[Obj]:
     body["metadata"]["uid"] = "store-uid"
     return [store.probe_job(body, AdapterStoreSpec.model_validate(body["spec"]), OPTIONS)]
 
@@ -132,6 +133,8 @@ LISTED = {
         ]
     }
 }
+AZURE = {"provider": "Azure", "account": "alleles", "region": None, "endpoint": "http://azurite:10000/alleles"}
+IDENTITY = {"serviceAccountName": "trainer"}
 CASES: dict[str, Callable[[], list[Obj]]] = {
     "pool": lambda: _pool(pool(rollout={"replicas": 2, "slots": 8})),
     "pool-serving": lambda: _pool(pool(trainer=None)),
@@ -149,7 +152,10 @@ CASES: dict[str, Callable[[], list[Obj]]] = {
     "driver-code": lambda: _driver(
         run(labels=QUEUE, code={"configMap": "task"}), with_runtime={"spec": PLATFORM}, with_population=LISTED
     ),
-    "probe": _probe,
+    "probe": lambda: _probe(a_store()),
+    "probe-gcs": lambda: _probe(a_store(provider="GCS", region=None, endpoint=None)),
+    "probe-azure": lambda: _probe(a_store(**AZURE)),
+    "pool-azure-identity": lambda: _pool(pool(), with_store=a_store(**AZURE, credentials=IDENTITY)),
     "erase": _erase,
     "collect": _collect,
     "own-pool": _own_pool,

@@ -1,94 +1,20 @@
-"""Every store test runs twice: over a folder, and over a real S3 server with real signatures (versitygw)."""
+"""Every store test runs over a folder and over S3 (versitygw); with the marker `everywhere` over Google Cloud Storage
+(fake-gcs-server behind a front) and Azure Blob (Azurite) too. The servers ask for credentials."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
-import socket
-import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import boto3
 import pytest
-from botocore.config import Config
 
 from allele.protocol.commands import ByteRange
-from allele.store import Fact, PopulationStore
+from allele.store import Fact, Objects, PopulationStore
 from tests.store.crash import Laboratory
 from tests.store.proxy import Proxy
-
-REPOSITORY = Path(__file__).parents[2]
-VERSITYGW = "1.8.0"
-BUCKET = "alleles"
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Server:
-    environ: dict[str, str]
-    root: Path
-    """Folder with `data` and `sidecar`, where the objects are files."""
-
-    def client(self) -> object:
-        return boto3.client(
-            "s3",
-            endpoint_url=self.environ["AWS_ENDPOINT_URL"],
-            aws_access_key_id=self.environ["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.environ["AWS_SECRET_ACCESS_KEY"],
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}),
-        )
-
-
-def versitygw() -> Path:
-    """The server's binary; built by the cluster's own tool script when it is not in the cache."""
-    cache = os.environ.get("ALLELE_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "allele"
-    )
-    binary = Path(cache) / "tools" / f"versitygw-{VERSITYGW}" / "versitygw"
-    if not binary.exists():
-        subprocess.run([REPOSITORY / "hack/cluster/tools.sh", "versitygw"], check=True)
-    return binary
-
-
-@contextlib.contextmanager
-def serve(root: Path, *options: str) -> Iterator[S3Server]:
-    """An S3 server with an empty bucket, its files below `root`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = {
-        "AWS_ACCESS_KEY_ID": "store-tests",
-        "AWS_SECRET_ACCESS_KEY": "store-tests-secret",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_REGION": "us-east-1",
-    }
-    (root / "data").mkdir()
-    (root / "sidecar").mkdir()
-    folders = ["--sidecar", root / "sidecar", root / "data"]
-    log = (root / "log").open("wb")
-    server = subprocess.Popen(
-        [versitygw(), "--quiet", "--port", f"127.0.0.1:{port}", *options, "posix", *folders],
-        env={
-            "PATH": os.environ["PATH"],
-            "ROOT_ACCESS_KEY": environ["AWS_ACCESS_KEY_ID"],
-            "ROOT_SECRET_KEY": environ["AWS_SECRET_ACCESS_KEY"],
-        },
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        wait_for(port, server, root / "log")
-        started = S3Server(environ, root)
-        started.client().create_bucket(Bucket=BUCKET)  # type: ignore[attr-defined]
-        yield started
-    finally:
-        server.kill()
-        server.wait()
-        log.close()
+from tests.store.servers import BUCKET, AzureServer, GoogleServer, S3Server, azure, google, serve
 
 
 @pytest.fixture(scope="session")
@@ -108,33 +34,55 @@ def laboratory(s3_server: S3Server, proxy: Proxy) -> Laboratory:
     return Laboratory(s3_server.environ, s3_server.root, proxy, bucket=BUCKET)
 
 
-def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise RuntimeError(f"versitygw does not listen on {port}: {log.read_text()[-2000:]}")
+@pytest.fixture(scope="session")
+def gs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoogleServer]:
+    with google(tmp_path_factory.mktemp("gs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def az_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AzureServer]:
+    with azure(tmp_path_factory.mktemp("az")) as server:
+        yield server
+
+
+def enter(environ: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a server's credentials, and no others, into this process's environment."""
+    for name in [n for n in os.environ if n.startswith(("AWS_", "GOOGLE_", "GCE_", "STORAGE_EMULATOR", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def s3_environ(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, its credentials in this process's environment."""
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.environ.items():
-        monkeypatch.setenv(name, value)
+    enter(s3_server.environ, monkeypatch)
     return s3_server
 
 
-@pytest.fixture(params=["file", "s3"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store."""
+@pytest.fixture(params=["s3", "gs", "az"])
+def bucket_url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store of each provider, its credentials in this process's environment."""
+    enter(request.getfixturevalue(f"{request.param}_server").environ, monkeypatch)
+    return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of a store run over a folder and S3; those that ask something of the provider, over each that there is."""
+    if "store_url" in metafunc.fixturenames:
+        everywhere = metafunc.definition.get_closest_marker("everywhere")
+        kinds = ["file", "s3", "gs", "az"] if everywhere else ["file", "s3"]
+        metafunc.parametrize("store_url", kinds, indirect=True)
+
+
+@pytest.fixture
+def store_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty store, its credentials in this process's environment."""
     if request.param == "file":
         return f"file://{tmp_path}/store"
-    request.getfixturevalue("s3_environ")
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    enter(request.getfixturevalue(f"{request.param}_server").environ, monkeypatch)
+    return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture
@@ -143,19 +91,12 @@ def store(store_url: str) -> PopulationStore:
 
 
 @pytest.fixture
-def damage(
-    store_url: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> Callable[[str, Callable[[bytes], bytes]], None]:
+def damage(store_url: str) -> Callable[[str, Callable[[bytes], bytes]], None]:
     """Change an object (path below the store) behind the store's back."""
 
     def change(path: str, edit: Callable[[bytes], bytes]) -> None:
-        if store_url.startswith("file:"):
-            file = tmp_path / "store" / path
-            file.write_bytes(edit(file.read_bytes()))
-            return
-        s3 = request.getfixturevalue("s3_server").client()
-        where = {"Bucket": BUCKET, "Key": f"{store_url.rsplit('/', 1)[1]}/{path}"}
-        s3.put_object(**where, Body=edit(s3.get_object(**where)["Body"].read()))
+        objects = Objects.open(store_url)
+        objects.put(path, edit(objects.get(path)))
 
     return change
 

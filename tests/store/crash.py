@@ -36,6 +36,20 @@ def key(fact: Fact) -> Key:
     return (fact.kind, fact.member, fact.revision, fact.parent, fact.digest, fact.state_digest, fact.run, fact.step)
 
 
+def told(facts: Iterable[Fact]) -> tuple[Fact, ...]:
+    """What drivers said, each revision as it was first committed: collectors say some again, without a state or with
+    another place, and how often depends on where they died."""
+    said: dict[Key, Fact] = {}
+    for i, fact in enumerate(sorted(facts, key=lambda f: f.order)):
+        if fact.run == RUN:
+            said.setdefault((fact.member, fact.revision) if fact.kind == "Committed" else (i,), fact)
+    return tuple(said.values())
+
+
+def retired(facts: Iterable[Fact]) -> frozenset[tuple[str, int | None]]:
+    return frozenset((f.member, f.revision) for f in facts if f.kind == "Retired")
+
+
 def heads(index: Index) -> dict[str, tuple[Key | None, ...]]:
     """What every member is now: newest, exposed, held."""
     answers = (index.newest, index.exposed, index.hold)
@@ -49,6 +63,8 @@ class Prepared:
     operations: tuple[Operation, ...]
     first: int
     facts: tuple[Fact, ...]
+    """Of drivers, as `told` gives them."""
+    retired: frozenset[tuple[str, int | None]]
     heads: dict[str, tuple[Key | None, ...]]
     origin: str = ""
     """Url of the population before; empty when there is nothing before."""
@@ -63,7 +79,8 @@ class Prepared:
 
 def observe(store: PopulationStore, operations: tuple[Operation, ...], *, first: int) -> Prepared:
     """What an undisturbed run, which is over, has left."""
-    return Prepared(operations, first, tuple(store.catalogue.facts()), heads(Index.load(store.catalogue)))
+    facts = list(store.catalogue.facts())
+    return Prepared(operations, first, told(facts), retired(facts), heads(Index.load(store.catalogue)))
 
 
 class Laboratory:
@@ -173,7 +190,7 @@ def check_rest(store: PopulationStore, prepared: Prepared, acknowledged: Iterabl
     """
     table = store.catalogue.snapshot()
     newest = (table.transaction_version(f"run/{RUN}") or 0) if table is not None else 0
-    found = Counter(key(f) for f in store.catalogue.facts())
+    found = Counter(key(f) for f in told(store.catalogue.facts()))
     assert found == prepared.at(newest), (
         f"not whole steps: {found - prepared.at(newest)}, {prepared.at(newest) - found}"
     )
@@ -198,9 +215,11 @@ def check_end(store: PopulationStore, prepared: Prepared) -> None:
         stale.commit(1_000, [Fact(kind="Exposed", member=scenarios.MEMBERS[0], revision=1)])
         raise AssertionError(f"a writer with fence {fence} could commit after {session.writer.fence}")
     facts = list(store.catalogue.facts())
-    found, expected = Counter(key(f) for f in facts), Counter(key(f) for f in prepared.facts)
+    found, expected = Counter(key(f) for f in told(facts)), Counter(key(f) for f in prepared.facts)
     assert found == expected, f"too much: {found - expected}, lost: {expected - found}"
-    revisions = Counter((f.member, f.revision) for f in facts if f.kind == "Committed")
+    assert retired(facts) == prepared.retired
+    digests = {(f.member, f.revision, f.digest) for f in facts if f.kind == "Committed"}
+    revisions = Counter((member, revision) for member, revision, _ in digests)
     assert not revisions or max(revisions.values()) == 1, f"a revision was used twice: {revisions}"
     assert heads(Index.load(store.catalogue)) == prepared.heads
     assert heads(session.index) == prepared.heads, "the index of the successor differs from a fresh one"
@@ -208,9 +227,12 @@ def check_end(store: PopulationStore, prepared: Prepared) -> None:
 
 
 def check_bytes(store: PopulationStore) -> None:
-    """Raises for a committed revision whose bytes, state or provenance are not those of its digest."""
-    committed = [f for f in store.catalogue.facts() if f.kind == "Committed"]
-    store.read_many([r for f in committed for r in (f.weights, f.state) if r is not None])
+    """Raises for a revision, not retired, whose bytes, state or provenance are not those of its digest."""
+    index = Index.load(store.catalogue)
+    facts = [index.get(m, r) for m in index.members() for r in range(1, index.next_revision(m))]
+    committed = [f for f in facts if f is not None]
+    live = [f for f in committed if not index.is_retired(f.member, f.revision or 0)]
+    store.read_many([r for f in live for r in (f.weights, f.state) if r is not None])
     for sha in {f.provenance for f in committed if f.provenance}:
         store.read_provenance(sha)
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -30,6 +30,9 @@ from allele.store import (
     Versions,
     Writer,
 )
+from allele.store.collect import collect
+from allele.store.facts import now
+from allele.store.retention import Policy
 from tests.store.history import Event, Kind, Recorder
 from tests.store.proxy import Proxy, Rule
 
@@ -74,7 +77,12 @@ def roll_back(session: Session, step: int) -> None:
     """Hold the first revision of two members."""
     members = random.Random(step).sample(MEMBERS, 2)
     session.writer.commit(
-        step, [Fact(kind="Held", member=m, revision=1, reason="test") for m in members if session.index.get(m, 1)]
+        step,
+        [
+            Fact(kind="Held", member=m, revision=1, reason="test")
+            for m in members
+            if session.index.get(m, 1) and not session.index.is_retired(m, 1)
+        ],
     )
 
 
@@ -87,12 +95,21 @@ def compact(session: Session, step: int) -> None:
     session.store.catalogue.compact()
 
 
-UNNUMBERED = (claim, compact)
+AT_ONCE = Policy(keep_last=1, max_policy_lag=0, grace=timedelta(0), vacuum=timedelta(0))
+"""Nothing waits, which is right where nobody else writes or reads."""
+
+
+def gather(session: Session, step: int) -> None:
+    """A pass of the collector: retires, drops states, compacts segments, deletes, vacuums."""
+    collect(session.store, policy=AT_ONCE, now=now())
+
+
+UNNUMBERED = (claim, compact, gather)
 """Operations that leave no step in the catalogue: done again when it is not known that they were done."""
 
 Operation = Callable[[Session, int], None]
 
-BEFORE: tuple[Operation, ...] = (claim, publish, publish, expose, publish)
+BEFORE: tuple[Operation, ...] = (claim, publish, publish, expose, publish, publish, publish)
 """What a population has behind it when its scenario starts."""
 
 SCENARIOS: dict[str, tuple[Operation, ...]] = {
@@ -100,8 +117,11 @@ SCENARIOS: dict[str, tuple[Operation, ...]] = {
     "expose": (publish, expose),
     "roll back": (roll_back, lift),
     "compact": (compact,),
+    "collect": (gather, gather, gather),
 }
-LIFE: tuple[Operation, ...] = (publish, compact, expose, roll_back, publish, expose, compact, lift, publish)
+LIFE: tuple[Operation, ...] = (
+    publish, compact, expose, roll_back, publish, gather, expose, compact, publish, gather, lift, gather, publish
+)  # fmt: skip
 FRESH: tuple[Operation, ...] = (claim, publish, expose)
 """The first work on a population, which has nothing behind it."""
 
@@ -109,7 +129,8 @@ FRESH: tuple[Operation, ...] = (claim, publish, expose)
 def some(seed: int) -> tuple[Operation, ...]:
     """A few operations in an order drawn by `seed`."""
     drawn = random.Random(seed)
-    return tuple(drawn.choices((publish, expose, roll_back, lift, compact), (4, 2, 1, 1, 2), k=drawn.randint(1, 6)))
+    operations = (publish, expose, roll_back, lift, compact, gather)
+    return tuple(drawn.choices(operations, (4, 2, 1, 1, 2, 2), k=drawn.randint(1, 7)))
 
 
 def work(
@@ -177,23 +198,43 @@ def rival(proxy: Proxy, url: str, *, step: int, pipe: Connection) -> None:
 
 
 def publisher(
-    url: str, environ: Mapping[str, str], *, run: str, members: Sequence[str], steps: int, record: Path
+    url: str,
+    environ: Mapping[str, str],
+    *,
+    run: str,
+    members: Sequence[str],
+    steps: int,
+    record: Path,
+    idle: Sequence[str] = (),
 ) -> None:
-    """A run of its own that publishes and exposes members of its own, and records the history."""
+    """A run of its own that publishes members of its own and records the history.
+
+    Each new revision is exposed, but of the first member only the first one; `idle` ones get one revision, not exposed.
+    """
     store, recorder = open_store(url, environ), Recorder(record)
     writer = store.catalogue.start(run)
     index = Index.load(store.catalogue)
     for step in range(1, 2 * steps + 1, 2):
-        data = {m: content(run, m, step) for m in members}
+        data = {m: content(run, m, step) for m in (*members, *(idle if step == 1 else ()))}
         ranges = store.write_segment(data)
         facts = [
             Fact.committed(member=m, revision=index.next_revision(m), weights=r, shape="s") for m, r in ranges.items()
         ]
         _insist(recorder, "commit", writer, step, facts)
         index.refresh()
-        exposures = [Fact(kind="Exposed", member=f.member, revision=f.revision) for f in facts]
+        exposed = members if step == 1 else members[1:]
+        exposures = [Fact(kind="Exposed", member=f.member, revision=f.revision) for f in facts if f.member in exposed]
         _insist(recorder, "expose", writer, step + 1, exposures)
         index.refresh()
+
+
+def collector(proxy: Proxy, url: str, *, policy: Policy, death: Death) -> None:
+    """One pass after the other, until it is killed at a write; a newer collector may fence it off in between."""
+    store = open_store(url, proxy.environ)
+    proxy.add(death.rule(path_of(url)))
+    while True:
+        with contextlib.suppress(StoreUnavailable, FencedError):
+            collect(store, policy=policy, now=now())
 
 
 def _insist(recorder: Recorder, kind: Kind, writer: Writer, step: int, facts: Sequence[Fact]) -> None:

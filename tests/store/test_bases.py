@@ -13,6 +13,8 @@ import pytest
 from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound
 from allele.store import BaseMismatch, ObjectNotFound, Objects, bases
 
+pytestmark = pytest.mark.everywhere
+
 Damage = Callable[[str, Callable[[bytes], bytes]], None]
 
 

@@ -86,6 +86,7 @@ def readable(store: PopulationStore) -> dict[tuple[str, int], tuple[bytes, bytes
     return found
 
 
+@pytest.mark.everywhere
 def test_a_population_is_collected_in_passes(store: PopulationStore, passes: Passes) -> None:
     for step in range(1, 7):
         publish(store, step, ["a", "b"])

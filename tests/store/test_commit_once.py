@@ -11,6 +11,8 @@ from allele.protocol.errors import InvalidRequest
 from allele.store import Fact, Index, InvalidFact, PopulationStore, StoreUnavailable, delta
 from allele.store import writer as writer_module
 
+pytestmark = pytest.mark.everywhere
+
 
 def facts(store: PopulationStore) -> list[tuple[str, int | None]]:
     return [(f.member, f.revision) for f in store.catalogue.facts()]

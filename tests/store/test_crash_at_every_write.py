@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from allele.store.collect import survey
+from allele.store.facts import now
 from tests.store.crash import FORKS, Laboratory, Prepared, check_end, check_rest, drain, observe
-from tests.store.scenarios import BEFORE, FRESH, LIFE, SCENARIOS, Death, doomed, open_store, some, work
+from tests.store.scenarios import AT_ONCE, BEFORE, FRESH, LIFE, SCENARIOS, Death, doomed, open_store, some, work
 
-AT_ONCE = 4
-"""Kills; most of one is waiting."""
+KILLS_AT_ONCE = 4
+"""Most of a kill is waiting."""
 
 MOMENTS = 20
 
 
 def kill_all(laboratory: Laboratory, prepared: Prepared, deaths: Iterable[tuple[Death, ...]]) -> None:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(KILLS_AT_ONCE) as pool:
         outcomes = {d: pool.submit(laboratory.kill, prepared, d) for d in deaths}
     failed = {d: e for d, o in outcomes.items() if (e := o.exception())}
     assert not failed, f"{len(failed)} of {len(outcomes)} kills: {failed}"
@@ -37,6 +39,17 @@ def every_write(prepared: Prepared) -> list[tuple[Death, ...]]:
 def test_killed_at_every_write(laboratory: Laboratory, name: str) -> None:
     prepared = laboratory.prepare(SCENARIOS[name], before=BEFORE)
     kill_all(laboratory, prepared, every_write(prepared))
+
+
+def test_the_collector_that_is_killed_has_each_kind_of_work(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}", {})
+    session = work(store, BEFORE, first=1)
+    plans = []
+    for operation in SCENARIOS["collect"]:
+        plans.append(survey(store, policy=AT_ONCE, now=now()))
+        operation(session, len(BEFORE))
+    retiring, compacting, deleting = plans
+    assert retiring.retire and compacting.compact and deleting.delete
 
 
 def test_killed_at_many_writes_of_a_longer_life(laboratory: Laboratory) -> None:

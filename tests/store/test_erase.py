@@ -11,6 +11,9 @@ import pytest
 
 from allele.store import Fact, Objects, OwnershipError, PopulationRecord, PopulationStore, StoreUnavailable, erase
 from allele.store.erase import Erased
+from allele.store.objects import Version
+
+pytestmark = pytest.mark.everywhere
 
 MINE = PopulationRecord(uid="uid-1", base_digest="sha256:base", shapes={"g": "shape"})
 OTHER = MINE.model_copy(update={"uid": "uid-2", "adopt": True})
@@ -198,7 +201,7 @@ def test_who_claims_between_the_look_and_the_mark_keeps_all(
     fill(store, committed)
     real, late = store.recorded, [OTHER]
 
-    def recorded() -> tuple[PopulationRecord, str] | None:
+    def recorded() -> tuple[PopulationRecord, Version] | None:
         found = real()
         if late:
             store_claim(late.pop())
@@ -219,7 +222,7 @@ def test_a_claim_does_not_undo_a_mark_that_came_in_between(
     fill(store, committed)
     real, late = store.recorded, [True]
 
-    def recorded() -> tuple[PopulationRecord, str] | None:
+    def recorded() -> tuple[PopulationRecord, Version] | None:
         found = real()
         if late:
             late.clear()

@@ -9,6 +9,8 @@ import pytest
 
 from allele.store import Catalogue, Fact, FencedError, PopulationStore, Writer
 
+pytestmark = pytest.mark.everywhere
+
 
 def visible(store: PopulationStore) -> list[tuple[str, int | None, int]]:
     return [(f.member, f.revision, f.fence) for f in store.catalogue.facts()]

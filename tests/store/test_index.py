@@ -18,6 +18,7 @@ def revision(fact: Fact | None) -> int | None:
     return fact.revision if fact else None
 
 
+@pytest.mark.everywhere
 def test_newest_exposed_and_next_revision(
     store: PopulationStore, writer: Writer, committed: Callable[..., Fact]
 ) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from allele.store import OwnershipError, PopulationRecord, PopulationStore
 
+pytestmark = pytest.mark.everywhere
+
 MINE = PopulationRecord(uid="uid-1", base_digest="sha256:base", shapes={"g": "shape"})
 
 

@@ -9,7 +9,9 @@ import os
 import pytest
 
 from allele.protocol.errors import InvalidRequest
-from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore
+from allele.store import AlreadyExists, ObjectNotFound, Objects, PopulationStore, population
+
+pytestmark = pytest.mark.everywhere
 
 
 def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
@@ -47,6 +49,19 @@ def test_segments_larger_than_a_part_are_whole(store: PopulationStore) -> None:
     assert store.read_many([ranges[m] for m in written]) == list(written.values())
 
 
+def test_many_adapters_are_spread_over_bounded_objects(store: PopulationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population, "SEGMENT_BYTES", 250)
+    sizes = {"a": 100, "b": 150, "c": 1, "d": 400, "e": 249, "f": 1}
+    written = {m: os.urandom(n) for m, n in sizes.items()}
+    ranges = store.write_segment(written)
+    members: dict[str, str] = {}
+    for m, r in ranges.items():
+        members[r.path] = members.get(r.path, "") + m
+    assert list(members.values()) == ["ab", "c", "d", "ef"], "one larger than the bound has an object of its own"
+    assert {o.path: o.size for o in store.objects.list()} == {p: sum(sizes[m] for m in ms) for p, ms in members.items()}
+    assert store.read_many([ranges[m] for m in written]) == list(written.values())
+
+
 def test_an_empty_segment_is_not_written(store: PopulationStore) -> None:
     assert store.write_segment({}) == {}
     assert list(store.objects.list()) == []
@@ -65,9 +80,11 @@ def test_objects_are_created_once_listed_and_deleted(store_url: str) -> None:
         folder.get("x/1")
 
 
-@pytest.mark.parametrize("url", ["http://bucket/x", "s3://", "file://", "file:///", "/tmp/x", "file://host/dir"])
+@pytest.mark.parametrize(
+    "url", ["http://bucket/x", "s3://", "gs:///x", "az://", "file://", "file:///", "/tmp/x", "file://host/dir"]
+)
 def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(InvalidRequest, match="expected s3://bucket/prefix or file:///dir"):
+    with pytest.raises(InvalidRequest, match="expected s3://bucket/prefix, gs://bucket/prefix, az://container/prefix"):
         Objects.open(url)
 
 

@@ -12,6 +12,7 @@ from allele.store import Fact, Index, PopulationStore
 from allele.store import catalogue as catalogue_module
 
 
+@pytest.mark.everywhere
 def test_each_fact_is_seen_once_across_compaction(store: PopulationStore, committed: Callable[..., Fact]) -> None:
     writer = store.catalogue.start("run")
     index = Index.load(store.catalogue)
@@ -75,6 +76,7 @@ def test_commits_compact_by_themselves_and_stay_fenced(
     assert store.catalogue.start("run").last_step == 10, "transactions outlive compaction"
 
 
+@pytest.mark.everywhere
 def test_a_compacted_catalogue_is_an_ordinary_delta_table(
     store_url: str, store: PopulationStore, committed: Callable[..., Fact]
 ) -> None:

@@ -11,19 +11,24 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 from allele.store import Fact, Index, ObjectNotFound, PopulationStore, StoreUnavailable
+from allele.store.retention import Policy
 from tests.store import scenarios
 from tests.store.crash import FORKS, Laboratory, Prepared, check_bytes
 from tests.store.history import Event, Recorder, load, violations
 from tests.store.proxy import Action, Proxy, Rule
-from tests.store.scenarios import BEFORE, RUN, WRITES, Session, publish
+from tests.store.scenarios import BEFORE, RUN, WRITES, Death, Session, publish
 
 ROUNDS = 100
 RUNS = 16
+GRACE = timedelta(seconds=6)
+"""Longer than a publisher needs from its segment to its commit."""
 
 
 def freeze_and_succeed(laboratory: Laboratory, proxy: Proxy, prepared: Prepared, freeze: Rule) -> tuple[str, bool]:
@@ -109,6 +114,66 @@ def test_concurrent_publishers_lose_nothing_and_readers_see_only_what_was_commit
     assert {e.kind for e in events} == {"commit", "expose", "read"}
     assert any(e.as_exposed for e in events)
     assert violations(events) == []
+
+
+def test_collectors_that_die_beside_publishers_take_nothing_that_is_needed(
+    laboratory: Laboratory, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Two collectors at a time, each killed at some write, until bytes are gone; publishers and a reader go on."""
+    url, history = laboratory.fresh_url(), tmp_path / "history"
+    history.mkdir()
+    policy = Policy(keep_last=1, max_policy_lag=0, grace=GRACE, vacuum=GRACE)
+    publishers = [
+        FORKS.Process(
+            target=scenarios.publisher,
+            args=(url, proxy.environ),
+            kwargs={
+                "run": run,
+                "members": [f"{run}-0", f"{run}-1"],
+                "idle": [f"{run}-idle"],
+                "steps": 10_000,
+                "record": history / run,
+            },
+        )
+        for run in ("r1", "r2")
+    ]
+    store, drawn = laboratory.open(url), random.Random(5)
+    collectors: list[BaseProcess] = []
+
+    def going() -> bool:
+        """Whether there is more to see; keeps two collectors at work."""
+        if sum(c.is_alive() for c in collectors) < 2:
+            death = Death(drawn.randint(1, 12), drawn.random() < 0.5)
+            kwargs = {"policy": policy, "death": death}
+            collectors.append(FORKS.Process(target=scenarios.collector, args=(proxy, url), kwargs=kwargs))
+            collectors[-1].start()
+        return len(collectors) < 12 or not gone(store)
+
+    for publisher in publishers:
+        publisher.start()
+    read_while(going, store, Recorder(history / "reader"))
+    for process in (*publishers, *collectors):
+        process.kill()
+        process.join()
+    assert {p.exitcode for p in (*publishers, *collectors)} == {-signal.SIGKILL}, "none of them failed"
+    clock = time.monotonic() - time.time()
+    retired = [_retired(f, clock) for f in store.catalogue.facts() if f.kind == "Retired"]
+    events = [*load(history), *retired]
+    assert {e.kind for e in events} == {"commit", "expose", "read", "collect"}
+    assert violations(events) == []
+    check_bytes(store)
+
+
+def gone(store: PopulationStore) -> set[str | None]:
+    """Segments of revisions that are there no longer."""
+    there = {o.path for o in store.objects.list("segments")}
+    return {f.segment for f in store.catalogue.facts() if f.kind == "Committed"} - there
+
+
+def _retired(fact: Fact, clock: float) -> Event:
+    assert fact.time is not None and fact.revision is not None
+    at = fact.time.timestamp() + clock
+    return Event(kind="collect", member=fact.member, revision=fact.revision, start=at, end=at)
 
 
 def read_while(going: Callable[[], bool], store: PopulationStore, recorder: Recorder) -> None:

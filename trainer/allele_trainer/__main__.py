@@ -13,6 +13,7 @@ from aiohttp import web
 from ulid import ULID
 
 from allele.store import Objects, PopulationStore, bases
+from allele.store.address import FORMS
 from allele_trainer.bank.host import free_memory
 from allele_trainer.initialisation.initialiser import Initialiser
 from allele_trainer.model.build import BaseModel, build
@@ -47,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base-digest", required=True, help="digest of the base's files (`allele base fetch`): another base is refused"
     )
-    parser.add_argument("--store", required=True, help="s3://bucket/prefix or file:///folder")
+    parser.add_argument("--store", required=True, help=FORMS)
     parser.add_argument(
         "--slots",
         type=_slots,
@@ -80,6 +81,7 @@ def arguments() -> argparse.ArgumentParser:
         "--sequence-parallel", action="store_true", help="with --tp: norms on a part of the tokens each"
     )
     parser.add_argument("--recompute", action="store_true", help="keep layers' inputs only and run them again")
+    parser.add_argument("--image", default="", help="image that this runs in, for the provenance (default: none)")
     parser.add_argument(
         "--listen", default="127.0.0.1:7070", help="address:port; port 0 takes a free one (default: 127.0.0.1:7070)"
     )
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         store=RunFactors(Objects.open(args.store), args.base_digest),
         ranks=model.ranks,
     )
-    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser)
+    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser, image=args.image)
     incarnation = model.ranks.broadcast(str(ULID()).encode() if model.ranks.rank == 0 else None).decode()
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

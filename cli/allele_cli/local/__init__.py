@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from allele.api.runtime import AdapterRuntimeSpec
+from allele.store.address import FORMS
 from allele_cli.display import Display
 from allele_cli.failure import Failure
 from allele_cli.local.session import Plan, default_runtime, session
@@ -20,9 +21,7 @@ from allele_cli.resources import load
 def run(
     files: Annotated[list[Path], typer.Argument(help="YAML files with one AdapterPopulation and one RLRun.")],
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
-    store: Annotated[
-        str | None, typer.Option(help="s3://bucket/prefix or file:///dir; default: a folder below --out.")
-    ] = None,
+    store: Annotated[str | None, typer.Option(help=f"{FORMS}; default: a folder below --out.")] = None,
     code: Annotated[Path | None, typer.Option(help="Folder put on the driver's Python path: the run's code.")] = None,
     runtime: Annotated[
         Path | None, typer.Option(help="YAML file with an AdapterRuntime; its images are not used.")

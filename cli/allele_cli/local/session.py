@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -17,7 +18,6 @@ from allele.api.pool import Adapters, Base, BasePoolSpec, Rollout, Trainer
 from allele.api.population import AdapterPopulationSpec
 from allele.api.run import RLRunSpec
 from allele.api.runtime import AdapterRuntimeSpec, Images
-from allele.api.store import AdapterStoreSpec
 from allele.protocol.bundle import RunBundle
 from allele_cli.base import put_base
 from allele_cli.display import Display
@@ -27,12 +27,15 @@ from allele_cli.local.processes import Process, run_once
 from allele_cli.local.reports import Reports
 from allele_operator.planning import naming
 from allele_operator.planning.model import Options
+from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.render.driver import DriverParts, driver_pod, run_json
-from allele_operator.planning.render.pods import StoreAccess
 from allele_operator.planning.render.pool import PoolParts, rollout_pod, trainer_pod
 
 POOL_RESTARTS = 20
 OPTIONS = Options(operator_url="http://allele-operator.allele-system.svc:8080", image="local")
+_PROVIDERS = ("AWS_", "GOOGLE_", "GCE_METADATA_", "STORAGE_EMULATOR_HOST", "AZURE_")
+"""Where the names of variables begin that say how to reach a store."""
+
 LOCAL_IMAGES = Images(trainer="local", engine="local", gateway="local", driver="local")
 
 
@@ -126,12 +129,11 @@ def driver_parts(plan: Plan) -> DriverParts:
 
 
 def store_access(url: str) -> StoreAccess:
-    """An s3 store takes its credentials from our own environment, under the names that a Secret has."""
-    if not url.startswith("s3://"):
-        return StoreAccess(url)
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    spec = AdapterStoreSpec.model_validate({"bucket": bucket, "prefix": prefix, "credentials": {"secretName": "local"}})
-    return StoreAccess.of(spec)
+    """A bucket is reached by what our own environment says of its provider, under the same names."""
+    names = [] if url.startswith("file:") else [n for n in os.environ if n.startswith(_PROVIDERS)]
+    return StoreAccess(
+        url, tuple({"name": n, "valueFrom": {"secretKeyRef": {"name": "local", "key": n}}} for n in sorted(names))
+    )
 
 
 def addresses(plan: Plan, ports: Ports) -> Addresses:

@@ -51,6 +51,7 @@ class Ledger:
         version = await self._patience.until("store", lambda: asyncio.to_thread(self._writer.commit, step, facts))
         changes = await self._patience.until("store", lambda: asyncio.to_thread(self.index.fetch))
         self.index.apply(changes)
+        await asyncio.to_thread(self.index.fold)
         COMMITTED.inc(sum(f.kind == "Committed" for f in facts))
         EXPOSED.inc(sum(f.kind == "Exposed" for f in facts))
         return version

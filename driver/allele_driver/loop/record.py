@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 
 import allele
 from allele.protocol.bundle import RunBundle
-from allele.store import BaseRef, DataRange, Fact, Index, Provenance, ShapeRef, Versions
+from allele.protocol.commands import TrainerSetting
+from allele.store import BaseRef, DataRange, Fact, Index, Provenance, SamplingRef, ShapeRef, Versions
 from allele_driver.algorithms import loss_spec
 from allele_driver.loop.resume import optimizer_spec
 from allele_driver.loop.rollout import ActivePart
+from allele_driver.loop.setup import Base
 from allele_driver.loop.train import Exported, Trained, Turn
 from allele_driver.members import Member
 from allele_driver.rollouts import Rollouts
@@ -24,20 +26,16 @@ class Origin:
 
     bundle: RunBundle
     fence: int
-    tokenizer_digest: str
-    versions: Versions
-    residual_of: str = ""
-    """Digest of the base that the run's base is the residual of."""
-
-
-def versions(*, torch: str = "", megatron_core: str = "", sglang: str = "") -> Versions:
-    return Versions(allele=allele.__version__, torch=torch, megatron_core=megatron_core, sglang=sglang)
+    base: Base
+    sglang: str
+    """Version of the engines."""
 
 
 def provenance(
     origin: Origin,
     active: ActivePart,
     *,
+    setting: TrainerSetting | None,
     step: int,
     shape: str,
     factors: str,
@@ -57,7 +55,8 @@ def provenance(
         fence=origin.fence,
         step=step,
         base=BaseRef(uri=bundle.base_uri, digest=bundle.population_spec.base.digest),
-        tokenizer_digest=origin.tokenizer_digest,
+        tokenizer_digest=origin.base.tokenizer.digest,
+        chat_template_digest=origin.base.chat_template_digest,
         shapes={
             active.spec.select.group: ShapeRef(
                 digest=shape,
@@ -69,7 +68,7 @@ def provenance(
                 base_mode=adapter.init.base_mode,
                 factors=factors,
                 seed=next(g.seed for g in bundle.population_spec.groups if g.name == active.spec.select.group),
-                residual_of=origin.residual_of,
+                residual_of=origin.base.residual.source_digest if origin.base.residual else "",
             )
         },
         environment=active.spec.environment.path,
@@ -77,22 +76,29 @@ def provenance(
         reward=f"{active.spec.environment.path}.score",
         code_digest=active.scorer.code_digest,
         data=DataRange(cursor=step, prompts=prompts),
+        sampling=_sampling(origin, active),
         policy_lag=dict(lags),
         image=bundle.image,
-        versions=origin.versions,
+        trainer=setting,
+        versions=Versions(allele=allele.__version__, sglang=origin.sglang),
         optimizer=optimizer_spec(active.spec.optimizer),
         loss={
             **loss_spec(active.spec.algorithm, active.spec.sampling).model_dump(),
             "algorithm": active.spec.algorithm.model_dump(exclude_none=True),
             "learning_rate": active.spec.optimizer.learning_rate,
             "schedule": active.spec.optimizer.schedule,
-            "sampling": active.spec.sampling.model_dump(),
             "overrides": _overrides(active, members),
         },
         probes=active.probes,
         seconds=dict(seconds),
         time=datetime.now(UTC),
     )
+
+
+def _sampling(origin: Origin, active: ActivePart) -> SamplingRef | None:
+    if active.reads:
+        return None
+    return SamplingRef(**active.spec.sampling.model_dump(), stop_token_ids=origin.base.tokenizer.stop_token_ids)
 
 
 def _overrides(active: ActivePart, members: Collection[str]) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from allele.protocol.commands import TrainerSetting
 from allele.store import Fact
 from allele_driver.loop import heldout, record
 from allele_driver.loop.ledger import Ledger
@@ -22,6 +23,8 @@ class Recorder:
         self._ledger = ledger
         self._roster = roster
         self._members = {m.name: m for m in roster.members}
+        self.setting: TrainerSetting | None = None
+        """What computes, as the trainer said when it was last reset."""
 
     async def first(
         self,
@@ -38,6 +41,7 @@ class Recorder:
             self._origin,
             self._roster.active[part],
             step=step,
+            setting=self.setting,
             shape=one.shape,
             factors=one.factors,
             members=[m.name for m in members],
@@ -80,6 +84,7 @@ class Recorder:
                 self._origin,
                 active,
                 step=step,
+                setting=self.setting,
                 shape=one.shape,
                 factors=one.factors,
                 members=made.keys(),

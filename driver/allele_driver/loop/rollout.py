@@ -42,6 +42,11 @@ class ActivePart:
     def spec(self) -> TrainGroup:
         return self.part.spec
 
+    @property
+    def reads(self) -> bool:
+        """Whether it learns from answers or pairs that it is given, and samples nothing."""
+        return self.spec.algorithm.name in ("SFT", "DPO")
+
 
 @dataclasses.dataclass(frozen=True)
 class Draw:

@@ -93,7 +93,7 @@ class Roster:
         stages: Stages,
     ) -> Rollouts:
         """Answers and pairs where the algorithm learns from such; else rollouts, with refills for what says nothing."""
-        reads = [a.spec.algorithm.name in ("SFT", "DPO") for a in self.active]
+        reads = [a.reads for a in self.active]
         asked = [
             roller.given(a, self.share(i, members), salt=str(step), stages=stages)
             for i, a in enumerate(self.active)

@@ -164,7 +164,7 @@ class Run:
             raise InvalidInput(
                 f"base: expected digest {bundle.population_spec.base.digest} in the trainer, found {done.base_digest}"
             )
-        self._wave = done.wave
+        self._wave, self._recorder.setting = done.wave, done.setting
         self._voice.tally.trainer = TrainerSlots(slots=done.slots, wave=done.wave, reason=done.slots_reason)
         self._current = {p.member.name: p.revision for p in points if p.revision is not None}
         self._newcomers = [p.member for p in points if p.revision is None]

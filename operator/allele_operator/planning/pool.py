@@ -31,7 +31,7 @@ from allele_operator.planning.model import (
 )
 from allele_operator.planning.pool_status import PoolView, conclude, ended
 from allele_operator.planning.render import pool as render
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 
 FAILED_PAUSE = timedelta(seconds=60)
 """From the failure of a workload to the next one."""

@@ -27,7 +27,7 @@ from allele_operator.planning.model import (
 )
 from allele_operator.planning.own_pool import own_pool
 from allele_operator.planning.render import driver as render
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.run_status import final, report, running, waiting
 
 

@@ -6,13 +6,14 @@ when the spec changed, and again, ever less often, while something waits for a s
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
 
 from allele.api.store import AdapterStoreSpec
 from allele_operator.planning import jobs, observe, pods
 from allele_operator.planning.conditions import Found, Severity, Trouble, events, merged
 from allele_operator.planning.model import Action, Create, Delete, Obj, Plan, Ref, World
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.render.store import probe_job
 
 _CAPABILITIES = {
@@ -20,7 +21,9 @@ _CAPABILITIES = {
     "if_match": "IfMatch",
     "ranged_read": "RangedRead",
     "list": "List",
+    "checksums": "Checksums",
 }
+_LATENCIES = {"put": "put", "get": "get", "conditional_put": "conditionalPut"}
 _PROBING = Found("Reachable", None, "Probing", "a probe Job is finding out")
 
 
@@ -51,18 +54,17 @@ def plan(store: Obj, world: World, now: datetime) -> Plan:
         found = trouble.of("Reachable") if trouble else _known(store) or _PROBING
     return Plan(
         actions=tuple(actions),
-        status=_status(store, spec, found, capabilities=_capabilities(store, probe, found, world), now=now),
+        status=_status(store, spec, found, now=now) | _measured(store, probe, found, world),
         events=events(store, [found]),
         requeue=None if wait is None else wait.total_seconds(),
     )
 
 
-def _status(store: Obj, spec: AdapterStoreSpec, found: Found, *, capabilities: list[str], now: datetime) -> Obj:
+def _status(store: Obj, spec: AdapterStoreSpec, found: Found, *, now: datetime) -> Obj:
     return {
         "observedGeneration": store["metadata"].get("generation", 0),
         "phase": {True: "Reachable", False: "Unreachable", None: "Probing"}[found.status],
         "url": f"{StoreAccess.of(spec).url}/{store['metadata']['namespace']}",
-        "capabilities": capabilities,
         "conditions": merged(store, [found], now),
     }
 
@@ -99,9 +101,13 @@ def _result(store: Obj, probe: Obj, end: Obj, world: World) -> Found:
     return (trouble or Trouble("ProbeFailed", end.get("message", "the probe Job failed"))).of("Reachable")
 
 
-def _capabilities(store: Obj, probe: Obj | None, found: Found, world: World) -> list[str]:
+def _measured(store: Obj, probe: Obj | None, found: Found, world: World) -> Obj:
+    """`capabilities` and `latency` as the probe found them; without one, as an earlier probe of this very spec did."""
     report = jobs.report(probe, world) if probe else {}
-    if report:
-        return [word for key, word in _CAPABILITIES.items() if report.get(key)]
-    old: list[str] = store["status"].get("capabilities") or []
-    return old if found.status is not None and _known(store) else []
+    if not report:
+        old = store["status"] if found.status is not None and _known(store) else {}
+        return {"capabilities": []} | {k: old[k] for k in ("capabilities", "latency") if old.get(k)}
+    measured: Obj = {"capabilities": [word for key, word in _CAPABILITIES.items() if report.get(key)]}
+    if took := report.get("latency"):
+        measured["latency"] = {word: math.ceil(took[key]) for key, word in _LATENCIES.items()}
+    return measured

@@ -51,6 +51,7 @@ class Population:
     async def refresh(self) -> None:
         async with self._tail:
             self._index.apply(await from_store(asyncio.to_thread(self._index.fetch)))
+            await asyncio.to_thread(self._index.fold)
 
     async def seen(self, version: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Return once the catalogue has been read up to `version`. Raises Unavailable when it is not there."""
@@ -209,7 +210,7 @@ class Populations:
                 f"{namespace}/{name}: base digest: expected {self._base_digest}, as this engine holds, "
                 f"found {record.base_digest}"
             )
-        population = Population(store, Index(store.catalogue), base_name=self._base_name)
+        population = Population(store, Index(store.catalogue, history=False), base_name=self._base_name)
         await population.refresh()
         return population
 

@@ -7,6 +7,8 @@ import dataclasses
 import socket
 from typing import Any, Self
 
+from allele.store.address import FORMS
+
 
 def _field(text: str, *, default: Any = dataclasses.MISSING, reason: str = "") -> Any:
     return dataclasses.field(default=default, metadata={"help": " ".join(filter(None, (text, reason)))})
@@ -17,7 +19,7 @@ class GatewaySettings:
     """One gateway, beside one engine."""
 
     engine: str = _field("URL of the engine, on this host.")
-    store: str = _field("URL of the store, s3://bucket/prefix or file:///dir.")
+    store: str = _field(f"URL of the store: {FORMS}.")
     namespace: str = _field("Namespace whose populations tenants may name.")
     base_name: str = _field("Model name under which tenants reach the bare base.")
     base_digest: str = _field("sha256:... of the base that the engine holds; adapters of another base are refused.")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import logging
 from collections.abc import Awaitable, Callable
 
 import prometheus_client
-import torch
 from aiohttp import web
 
 from allele.protocol import commands as c
@@ -73,9 +71,7 @@ class Server:
             slots_reason=limits.reason,
             used=self._trainer.used,
             runs=self._sessions.epochs,
-            torch=torch.__version__,
-            megatron_core=importlib.metadata.version("megatron-core"),
-            device=str(self._trainer.model.device),
+            setting=self._trainer.setting,
         )
         return web.Response(body=encoded(info), content_type="application/json")
 

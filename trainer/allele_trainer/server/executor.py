@@ -203,6 +203,7 @@ class Executor:
                 wave=limits.wave,
                 slots_reason=limits.reason,
                 base_digest=self._base_digest,
+                setting=self._trainer.setting,
             )
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
 
 import numpy as np
 import pyarrow as pa
@@ -73,9 +74,18 @@ class Trainer:
         open_store: Callable[[str, str], RunStore],
         limits: Limits,
         initialiser: Initialiser | None = None,
+        image: str = "",
     ) -> None:
         """`initialiser`: of the base; without one members can only be of kind Standard."""
         self.model, self.ranks, self.limits = model, model.ranks, limits
+        self.setting = c.TrainerSetting(
+            layout={axis: int(degree) for axis, degree in dataclasses.asdict(model.ranks.layout).items()},
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            torch=torch.__version__,
+            megatron_core=version("megatron-core"),
+            image=image,
+        )
         self._initialiser = initialiser
         self._open_store = open_store
         self.host = HostTier(capacity=limits.host_memory, pinned=model.device.type == "cuda", spill=self._spill)

@@ -13,7 +13,8 @@ from allele.protocol.bundle import RunBundle
 from allele_operator.planning import naming
 from allele_operator.planning.model import POPULATION_LABEL, ROLE_LABEL, RUN_LABEL, Obj
 from allele_operator.planning.render import pods
-from allele_operator.planning.render.pods import StoreAccess, Volume
+from allele_operator.planning.render.access import StoreAccess
+from allele_operator.planning.render.pods import Volume
 
 RUN_DIR = "/allele/run"
 CODE_DIR = "/allele/code"
@@ -105,7 +106,7 @@ def driver_pod(parts: DriverParts) -> Obj:
 def driver_job(run: Obj, parts: DriverParts) -> Obj:
     bundle = parts.bundle
     labels = {RUN_LABEL: bundle.run, ROLE_LABEL: "driver"}
-    template = pods.pod_template(driver_pod(parts), parts.runtime, labels)
+    template = pods.pod_template(driver_pod(parts), parts.runtime, labels | dict(parts.store.labels))
     queue = naming.queue_labels(run)
     fixed: Obj = {
         "backoffLimit": bundle.run_spec.failure_policy.backoff_limit,

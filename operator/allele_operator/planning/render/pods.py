@@ -1,4 +1,4 @@
-"""What all pods have in common: PSA `restricted`, folders, environment, store access, the platform's pod pieces."""
+"""What all pods have in common: PSA `restricted`, folders, environment, the platform's pod pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from allele.api.runtime import AdapterRuntimeSpec, Resources
-from allele.api.store import AdapterStoreSpec
 from allele_operator.planning.model import Obj
 
 BASE_DIR = "/allele/base"
@@ -17,31 +16,6 @@ ENVIRONMENT_DIR = "/env"
 USER = 65532
 RESERVED_VARIABLES = ("HOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 """Set here for every container; a runtime's podTemplate.env may not."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreAccess:
-    """How containers reach the store: its URL, and variables with secrets by reference only."""
-
-    url: str
-    env: tuple[Obj, ...] = ()
-    service_account: str | None = None
-
-    @classmethod
-    def of(cls, spec: AdapterStoreSpec) -> StoreAccess:
-        env: list[Obj] = []
-        if secret := spec.credentials.secret_name:
-            env += [
-                {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
-                for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-            ]
-        env.append({"name": "AWS_REGION", "value": spec.region})
-        if spec.endpoint:
-            env.append({"name": "AWS_ENDPOINT_URL", "value": spec.endpoint})
-            if spec.endpoint.startswith("http://"):
-                env.append({"name": "AWS_ALLOW_HTTP", "value": "true"})
-        url = f"s3://{spec.bucket}" + (f"/{spec.prefix}" if spec.prefix else "")
-        return cls(url, tuple(env), spec.credentials.service_account_name)
 
 
 @dataclasses.dataclass(frozen=True)

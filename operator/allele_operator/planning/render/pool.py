@@ -15,7 +15,8 @@ from allele.api.runtime import AdapterRuntimeSpec
 from allele_operator.planning import naming
 from allele_operator.planning.model import POOL_LABEL, RESOURCES, ROLE_LABEL, Obj, Options
 from allele_operator.planning.render import pods
-from allele_operator.planning.render.pods import StoreAccess, Volume
+from allele_operator.planning.render.access import StoreAccess
+from allele_operator.planning.render.pods import Volume
 
 TEMPLATE_LABEL = "allele.dev/template"
 BACKOFF_LIMIT = 1_000_000
@@ -76,6 +77,7 @@ def trainer_pod(parts: PoolParts) -> Obj:
     command = ["python3", "-m", "allele_trainer", "--base", pods.BASE_DIR, "--base-digest", spec.base.digest]
     command += ["--store", parts.store.url, "--slots", str(spec.trainer.slots)]
     command += ["--max-rank", str(spec.adapters.max_rank), "--listen", f"0.0.0.0:{naming.TRAINER_PORT}"]
+    command += ["--image", runtime.images.trainer]
     volumes = (pods.shared_memory(runtime), *pods.environment(runtime))
     trainer = pods.container(
         "trainer",
@@ -241,10 +243,11 @@ def _without_counts(job: Obj) -> Obj:
 
 
 def _job(parts: PoolParts, role: str, pod: Obj, replicas: int) -> Obj:
+    labels = naming.pool_labels(parts.name, role) | dict(parts.store.labels)
     return job_scale(replicas) | {
         "completionMode": "Indexed",
         "backoffLimit": BACKOFF_LIMIT,
-        "template": pods.pod_template(pod, parts.runtime, naming.pool_labels(parts.name, role)),
+        "template": pods.pod_template(pod, parts.runtime, labels),
     }
 
 

@@ -6,7 +6,7 @@ from allele.api.store import AdapterStoreSpec
 from allele_operator.planning import naming
 from allele_operator.planning.model import ROLE_LABEL, STORE_LABEL, Obj, Options
 from allele_operator.planning.render import pods
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 
 DEADLINE_SECONDS = 600
 """A probe that has no answer by then has failed; a missing secret or image shows long before."""
@@ -27,7 +27,7 @@ def probe_job(store: Obj, spec: AdapterStoreSpec, options: Options) -> Obj:
         "backoffLimit": 0,
         "activeDeadlineSeconds": DEADLINE_SECONDS,
         "template": {
-            "metadata": {"labels": labels},
+            "metadata": {"labels": labels | dict(access.labels)},
             "spec": pods.pod_spec(
                 containers=[probe],
                 volumes=(),

@@ -9,7 +9,7 @@ from allele.api.store import AdapterStoreSpec
 from allele_operator.planning import naming
 from allele_operator.planning.model import POPULATION_LABEL, ROLE_LABEL, Obj, Options
 from allele_operator.planning.render import pods
-from allele_operator.planning.render.pods import StoreAccess
+from allele_operator.planning.render.access import StoreAccess
 
 ERASE, COLLECT = "erase", "collect"
 """Roles, and the commands of `allele.store.jobs`."""
@@ -82,7 +82,7 @@ def _template(population: Obj, store: AdapterStoreSpec, role: str, more: Sequenc
         restart_policy="Never",  # a pod for each attempt, so that its last words stay
         grace_seconds=5,
     )
-    return {"metadata": {"labels": _labels(population, role)}, "spec": spec}
+    return {"metadata": {"labels": _labels(population, role) | dict(access.labels)}, "spec": spec}
 
 
 def _metadata(population: Obj, role: str, name: str) -> Obj:

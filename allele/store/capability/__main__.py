@@ -1,0 +1,5 @@
+import sys
+
+from allele.store.capability import main
+
+sys.exit(main())
