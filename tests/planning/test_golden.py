@@ -97,14 +97,14 @@ def _probe(body: Obj) -> list[Obj]:
     return [store.probe_job(body, AdapterStoreSpec.model_validate(body["spec"]), OPTIONS)]
 
 
-def _upkeep(name: str) -> tuple[Obj, AdapterStoreSpec]:
+def _upkeep(name: str, access: Obj | None = None) -> tuple[Obj, AdapterStoreSpec]:
     body = population()
     body["metadata"].update(name=name, uid="population-uid")
-    return body, AdapterStoreSpec.model_validate(a_store()["spec"])
+    return body, AdapterStoreSpec.model_validate((access or a_store())["spec"])
 
 
-def _erase() -> list[Obj]:
-    body, access = _upkeep("pop")
+def _erase(store: Obj | None = None) -> list[Obj]:
+    body, access = _upkeep("pop", store)
     return [upkeep.erase_job(body, access, OPTIONS)]
 
 
@@ -157,6 +157,7 @@ CASES: dict[str, Callable[[], list[Obj]]] = {
     "probe-azure": lambda: _probe(a_store(**AZURE)),
     "pool-azure-identity": lambda: _pool(pool(), with_store=a_store(**AZURE, credentials=IDENTITY)),
     "erase": _erase,
+    "erase-azure-identity": lambda: _erase(a_store(**AZURE, credentials=IDENTITY)),
     "collect": _collect,
     "own-pool": _own_pool,
 }
