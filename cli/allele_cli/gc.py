@@ -132,7 +132,8 @@ def _declared(population: str, namespace: str) -> Policy:
 
 
 def _orphans(namespace: str, store: str | None) -> Iterator[dict[str, Any]]:
-    """Folders with no readable population.json; with a cluster, also those whose uid none of its populations has."""
+    """Folders with no readable population.json, or half erased; with a cluster, those whose uid none of its populations
+    has, half erased or not."""
     owners = None if store else {o["metadata"]["uid"] for o in listed("adapterpopulation", namespace)}
     for url, environ in stores_of(namespace, store):
         root = Objects.open(url, environ)
@@ -156,7 +157,9 @@ def _orphaned(root: Objects, namespace: str, name: str, owners: set[str] | None)
         return str(e).split("\n", 1)[0]
     if record is None:
         return "no population.json"
+    begun = ", whose erasure was begun" if record.erasing else ""
     if owners is not None and record.uid not in owners:
-        begun = ", whose erasure was begun" if record.erasing else ""
         return f"no AdapterPopulation has the uid {record.uid}{begun}"
+    if owners is None and begun:
+        return f"it belongs to the uid {record.uid}{begun}"
     return None

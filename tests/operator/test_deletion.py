@@ -201,5 +201,5 @@ def test_a_namespace_that_is_deleted_goes_and_an_event_beside_the_operator_says_
     (event,) = until("the event", told)
     assert event["type"] == "Warning" and event["regarding"]["kind"] == "Lease"
     assert f"s3://{team.bucket}/{team.namespace}/population: the bytes stay" in event["note"]
-    assert f"allele gc --orphans --namespace {team.namespace} --store s3://{team.bucket}" in event["note"]
+    assert f"allele populations --namespace {team.namespace} --store s3://{team.bucket}" in event["note"]
     assert list(names(team.items("apop"))) == []

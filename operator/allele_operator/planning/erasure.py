@@ -159,7 +159,7 @@ def _left(population: Obj, world: World, now: datetime) -> Plan:
     root = url.removesuffix(f"/{namespace}/{name}") or "URL"
     text = (
         f"AdapterPopulation {namespace}/{name}: its namespace is being deleted and takes no Job that could erase "
-        f"{where}: the bytes stay; `allele gc --orphans --namespace {namespace} --store {root}` lists them"
+        f"{where}: the bytes stay; `allele populations --namespace {namespace} --store {root}` lists them"
     )
     told = _told(population, Found("Erased", False, _ENDING, text, "Warning"), now)
     return Plan(status=told.status, events=(Event("Warning", _ENDING, text, outlives=True),))
