@@ -19,8 +19,8 @@ compile() { # NAME, then uv's sources; names on standard input are "-"
   "$uv" pip compile --quiet --no-header --no-annotate --python-version 3.11 --constraint requirements/all.txt "$@" -o "$target/$name.txt"
 }
 
-# the operator and its store probe; no arrays, no tables, no torch
-printf '%s\n' kopf kubernetes aiohttp pydantic prometheus-client pyyaml boto3 python-ulid | compile operator -
+# the operator, which imports no arrays and no tables, and the Jobs on stores, which do; no torch
+compile operator pyproject.toml --extra operator
 # gateway, driver, `allele base fetch`: what pyproject.toml asks for everywhere, the driver's tokenizer, the command line
 printf '%s\n' rich typer tokenizers | compile gateway pyproject.toml -
 # a trainer image whose base has no torch of its own

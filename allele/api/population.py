@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import ConfigDict, Field
 
 from allele.api.pool import QWEN3_TARGETS, Rank, Targets
 from allele.api.schema import Digest, FreeForm, Model, Name, Status, Text, cel, schema
 from allele.protocol.initialisation import BaseMode, InitKind, Scaling, stored_rank
+
+DeletionPolicy = Literal["Retain", "Delete"]
 
 
 class BaseRef(Model):
@@ -129,8 +133,12 @@ class Exposure(Model):
     )
 
 
+_CRON = "[0-9A-Za-z*/,-]+"
+"""A field of a cron expression, roughly: what it may hold is checked when the CronJob is made."""
+
+
 class Retention(Model):
-    """What `allele gc` keeps besides what is exposed, pinned, held, or can be resumed from."""
+    """What collection keeps besides what is exposed, pinned, held, or can be resumed from."""
 
     keep_last: int = Field(5, description="Newest revisions of each member that are kept.", ge=1, le=1_000_000)
     every: int = Field(
@@ -142,6 +150,20 @@ class Retention(Model):
         "of a run.",
         ge=1,
         le=8760,
+    )
+    schedule: str | None = Field(
+        None,
+        description="When a CronJob collects: five fields of cron in UTC, e.g. `17 3 * * *` for every day at 3:17. "
+        "Absent: only `allele gc` does.",
+        max_length=100,
+        json_schema_extra=schema(
+            cel(
+                f"self.matches('^({_CRON} +){{4}}{_CRON}$')",
+                "schedule must be five fields of cron in UTC (minute hour day-of-month month day-of-week), such as "
+                "'17 3 * * *'",
+                reason="FieldValueInvalid",
+            )
+        ),
     )
 
 
@@ -178,7 +200,13 @@ class AdapterPopulationSpec(Model):
         ),
     )
     exposure: Exposure = Field(default_factory=Exposure, description="When a revision may be served.")
-    retention: Retention = Field(default_factory=Retention, description="What collection keeps.")
+    retention: Retention = Field(default_factory=Retention, description="What collection keeps, and when it runs.")
+    deletion_policy: DeletionPolicy = Field(
+        "Retain",
+        description="What becomes of the population's folder in the store when this object is deleted. Retain: it "
+        "stays. Delete: a Job deletes it once no run trains the population, and the object stays until that is done; "
+        "Retain then lets it go.",
+    )
     adopt: bool = Field(
         False,
         description="True: take over what another object of this name left in the store, if base and shapes agree.",
@@ -199,3 +227,4 @@ class RevisionCounts(Model):
 class AdapterPopulationStatus(Status):
     members: MemberCounts | None = Field(None, description="Members by state.")
     revisions: RevisionCounts | None = Field(None, description="Revisions by state.")
+    url: str = Field("", description="Its folder in the store.", max_length=1024)

@@ -2,7 +2,7 @@
 
 The store is the truth: a revision exists once a commit to the catalogue names its bytes, and not before.
 `allele.store.bases` and `allele.store.capability` are imported by their own names. Names are looked up when they are
-used, so that the probe of a store runs in the operator's image, which has neither tables nor arrays.
+used, so that the probe of a store loads neither tables nor arrays.
 """
 
 from __future__ import annotations

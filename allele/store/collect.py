@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and how much there is."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Nobody watches."""
 
 
@@ -74,7 +74,7 @@ def vacuumable(catalogue: Catalogue, *, policy: Policy, now: datetime) -> list[D
     ]
 
 
-def collect(store: PopulationStore, *, policy: Policy, now: datetime, progress: Progress = _silent) -> Collected:
+def collect(store: PopulationStore, *, policy: Policy, now: datetime, progress: Progress = silent) -> Collected:
     """One pass. Raises FencedError when another collector has started; the store is then as whole as before."""
     first = survey(store, policy=policy, now=now)
     facts, compact = first.facts(), first.compact
@@ -145,7 +145,7 @@ class _Compaction:
         for fact in (f for item in batch for f in item.facts):
             key = (fact.member, fact.revision)
             moved[key] = _with_places(moved.get(key) or self._said.get(key) or fact, moves)
-        _commit(self._writer, list(moved.values()), _silent)
+        _commit(self._writer, list(moved.values()), silent)
         self._said |= moved
 
 

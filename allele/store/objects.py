@@ -24,6 +24,7 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
+from obstore.store import LocalStore
 
 from allele.store.address import Address
 from allele.store.backends import Backend, connect, delta_options
@@ -46,6 +47,10 @@ class ObjectInfo:
     size: int
     modified: datetime
     """By the store's clock."""
+
+
+Version = Mapping[str, str]
+"""What tells one content of an object from the next: its etag, its generation, or both, by provider."""
 
 
 class Objects:
@@ -119,6 +124,25 @@ class Objects:
         with self._errors(path):
             obstore.put(self._backend, self._key(path), data, mode="create")
 
+    def get_version(self, path: str) -> tuple[bytes, Version]:
+        """The object, and which version of it this is, for `replace`."""
+        with self._errors(path):
+            found = obstore.get(self._backend, self._key(path))
+            return bytes(found.bytes()), _version(found.meta)
+
+    def replace(self, path: str, data: bytes, *, version: Version) -> None:
+        """Write over the version that was read. Raises AlreadyExists when the object is another one by now.
+
+        A folder has no such write: there it is looked at first, and of two writers at once both may get through.
+        """
+        with self._errors(path):
+            if not isinstance(self._backend, LocalStore):
+                obstore.put(self._backend, self._key(path), data, mode=dict(version))
+                return
+            if _version(obstore.head(self._backend, self._key(path))) != version:
+                raise PreconditionError("changed meanwhile")
+            obstore.put(self._backend, self._key(path), data)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects below a folder, with paths relative to this one."""
         skip = len(self._prefix) + 1 if self._prefix else 0
@@ -168,6 +192,10 @@ class Objects:
             if _REFUSED.search(_first_line(e)):
                 raise StoreRefused(f"{where}: credentials refused: {_first_line(e)}") from e
             raise StoreUnavailable(f"{where}: {_first_line(e)}") from e
+
+
+def _version(meta: Any) -> Version:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
 
 @dataclasses.dataclass(slots=True)

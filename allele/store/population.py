@@ -6,6 +6,7 @@ sha256 checked; what exists is said by the catalogue alone. `population.json` sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from allele.protocol.errors import DigestMismatch, InvalidRequest
 from allele.protocol.wire import Wire
 from allele.store.catalogue import Catalogue
 from allele.store.errors import AlreadyExists, ObjectNotFound, OwnershipError, StoreUnavailable
-from allele.store.objects import Objects
+from allele.store.objects import Objects, Version
 from allele.store.provenance import Provenance
 
 SegmentKind = Literal["segments", "states"]
@@ -34,6 +35,8 @@ SEGMENT_BYTES = 512 << 20
 """Bound of an object of many adapters, so that one upload, copy or deletion stays short."""
 
 _USUAL = "Standard Untouched"
+_CLAIMS = 8
+"""Times that a claim looks again after somebody else wrote the record in between."""
 RESERVED = ("bases", "factors")
 """First folders of a store that are no namespace."""
 
@@ -46,6 +49,8 @@ class PopulationRecord(Wire):
     shapes: dict[str, str]
     inits: dict[str, str] = Field(default_factory=dict)
     """Group → kind and base mode of its initialisation; a group that is not here has Standard, Untouched."""
+    erasing: bool = False
+    """What lies in the folder is being deleted for this uid: nobody may claim it until it is gone."""
     adopt: bool = Field(False, exclude=True)
     """Take over the folder of another uid (same base, same shapes), as after a namespace was made again."""
 
@@ -78,8 +83,14 @@ class PopulationStore:
 
     def record(self) -> PopulationRecord | None:
         """The owner's record, or None before the first claim."""
+        found = self.recorded()
+        return found[0] if found else None
+
+    def recorded(self) -> tuple[PopulationRecord, Version] | None:
+        """The owner's record and its version, for `Objects.replace`."""
         try:
-            return PopulationRecord.model_validate_json(self.objects.get(RECORD), extra="allow")
+            data, version = self.objects.get_version(RECORD)
+            return PopulationRecord.model_validate_json(data, extra="allow"), version
         except ObjectNotFound:
             return None
         except ValidationError as e:
@@ -87,27 +98,32 @@ class PopulationStore:
 
     def claim(self, record: PopulationRecord) -> None:
         """Make the folder this population's, or raise OwnershipError. Claiming again is free; groups may be added."""
-        data = record.model_dump_json().encode()
-        try:
-            self.objects.create(RECORD, data)
-            return
-        except AlreadyExists:
-            found = self.record()
-        if found is None:
-            raise StoreUnavailable(f"{self.objects.url(RECORD)}: was there and is gone; claim again")
-        self._check_owner(record, found)
-        merged = found.model_copy(
-            update={
-                "uid": record.uid,
-                "shapes": found.shapes | record.shapes,
-                "inits": found.inits | record.inits,
-            }
-        )
-        if merged != found:
-            self.objects.put(RECORD, merged.model_dump_json().encode())
+        for _ in range(_CLAIMS):
+            with contextlib.suppress(AlreadyExists):
+                if (there := self.recorded()) is None:
+                    self.objects.create(RECORD, record.model_dump_json().encode())
+                    return
+                found, version = there
+                self._check_owner(record, found)
+                merged = found.model_copy(
+                    update={
+                        "uid": record.uid,
+                        "shapes": found.shapes | record.shapes,
+                        "inits": found.inits | record.inits,
+                    }
+                )
+                if merged != found:
+                    self.objects.replace(RECORD, merged.model_dump_json().encode(), version=version)
+                return
+        raise StoreUnavailable(f"{self.objects.url(RECORD)}: others write it all the time; claim again")
 
     def _check_owner(self, record: PopulationRecord, found: PopulationRecord) -> None:
         where = self.objects.url(RECORD)
+        if found.erasing:
+            raise OwnershipError(
+                f"{where}: expected a folder that nobody erases, found that of population {found.uid} being erased: "
+                "wait until it is gone; if its erasure was given up, delete the folder or use another name"
+            )
         if found.base_digest != record.base_digest:
             raise OwnershipError(
                 f"{where}: base digest: expected {record.base_digest}, found {found.base_digest}; adapters of another "

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from allele.api.population import Retention
-from allele.api.run import RLRunSpec
 from allele.protocol.errors import InvalidRequest
 from allele.store.collect import collect, survey
 from allele.store.errors import OwnershipError
@@ -24,8 +23,7 @@ from allele_cli.bar import Bar
 from allele_cli.failure import Failure
 from allele_cli.output import Format, FormatOption, show
 from allele_cli.stores import folders
-
-_ENDED = ("Succeeded", "Failed")
+from allele_operator.planning.collection import kept
 
 
 def gc(
@@ -123,21 +121,19 @@ def _name(fact: Fact) -> str:
 def _declared(population: str, namespace: str) -> Policy:
     """What the resources of the cluster say."""
     spec = get("adapterpopulation", population, namespace)["spec"]
-    retention = Retention.model_validate(spec.get("retention", {}))
-    runs = [o for o in listed("rlrun", namespace) if o["spec"].get("populationRef") == population]
-    open_runs = [o for o in runs if o.get("status", {}).get("phase") not in _ENDED]
-    lags = [RLRunSpec.model_validate(o["spec"]).pace.max_policy_lag for o in open_runs]
+    told = kept(Retention.model_validate(spec.get("retention", {})), listed("rlrun", namespace), population)
     return Policy(
-        keep_last=retention.keep_last,
-        every=retention.every,
-        grace=timedelta(hours=retention.grace_hours),
-        max_policy_lag=max([Policy().max_policy_lag, *lags]),
-        runs=frozenset(o["metadata"]["uid"] for o in open_runs),
+        keep_last=told.keep_last,
+        every=told.every,
+        grace=timedelta(hours=told.grace_hours),
+        max_policy_lag=told.max_policy_lag,
+        runs=frozenset(told.runs),
     )
 
 
 def _orphans(namespace: str, store: str | None) -> Iterator[dict[str, Any]]:
-    """Folders with no readable population.json; with a cluster, also those whose uid none of its populations has."""
+    """Folders with no readable population.json, or half erased; with a cluster, those whose uid none of its populations
+    has, half erased or not."""
     owners = None if store else {o["metadata"]["uid"] for o in listed("adapterpopulation", namespace)}
     for url, environ in stores_of(namespace, store):
         root = Objects.open(url, environ)
@@ -161,6 +157,9 @@ def _orphaned(root: Objects, namespace: str, name: str, owners: set[str] | None)
         return str(e).split("\n", 1)[0]
     if record is None:
         return "no population.json"
+    begun = ", whose erasure was begun" if record.erasing else ""
     if owners is not None and record.uid not in owners:
-        return f"no AdapterPopulation has the uid {record.uid}"
+        return f"no AdapterPopulation has the uid {record.uid}{begun}"
+    if owners is None and begun:
+        return f"it belongs to the uid {record.uid}{begun}"
     return None

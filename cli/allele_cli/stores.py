@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from allele.protocol.adapters import POPULATION_NAME
@@ -88,19 +87,24 @@ def folders(root: Objects, namespace: str) -> list[str]:
 
 def _row(population: PopulationStore) -> dict[str, Any]:
     record = population.record()
-    facts = population.catalogue.table()
-    committed = facts.filter(pc.equal(facts["kind"], "Committed"))
+    erasing = record is not None and record.erasing
+    members, revisions = (None, None) if erasing else _counts(population)  # nobody can read what goes
     return {
         "population": population.population,
         "uid": record and record.uid,
+        "state": "being erased" if erasing else "",
         "base": record and record.base_digest[:19],
         "groups": " ".join(sorted(record.shapes)) if record else None,
-        "members": pc.count_distinct(committed["member"]).as_py(),
-        "revisions": _revisions(committed),
+        "members": members,
+        "revisions": revisions,
         "bytes": sum(o.size for o in population.objects.list()),
         "url": population.objects.url(),
     }
 
 
-def _revisions(committed: pa.Table) -> int:
-    return int(committed.group_by(["member", "revision"]).aggregate([]).num_rows)
+def _counts(population: PopulationStore) -> tuple[int, int]:
+    """Members and revisions."""
+    facts = population.catalogue.table()
+    committed = facts.filter(pc.equal(facts["kind"], "Committed"))
+    revisions = committed.group_by(["member", "revision"]).aggregate([]).num_rows
+    return int(pc.count_distinct(committed["member"]).as_py()), int(revisions)

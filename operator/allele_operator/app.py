@@ -67,7 +67,8 @@ class Operator:
         self.stop = asyncio.Event()
         self.warm = False
         self.cache = Cache(_options(settings, backend="JobSet"), progress=self.reports.get)
-        events = EventRecorder(self.kube, instance=self.lease.identity, lost=self.metrics.event_lost)
+        home = {"kind": "Lease", "metadata": {"namespace": settings.lease_namespace, "name": settings.lease_name}}
+        events = EventRecorder(self.kube, instance=self.lease.identity, home=home, lost=self.metrics.event_lost)
         self.reconciler = Reconciler(
             kube=self.kube,
             cache=self.cache,

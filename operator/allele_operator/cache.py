@@ -27,6 +27,7 @@ class Cache:
         self._places: defaultdict[tuple[str, str], dict[str, Ref]] = defaultdict(dict)
         self._owned: defaultdict[str, set[Ref]] = defaultdict(set)
         self._gone: OrderedDict[str, None] = OrderedDict()
+        self._ending: set[str] = set()
 
     def get(self, ref: Ref) -> Obj | None:
         return self._objects.get(ref)
@@ -37,6 +38,13 @@ class Cache:
 
     def select(self, kind: str, namespace: str) -> list[Obj]:
         return [self._objects[r] for r in self._places.get((kind, namespace), {}).values()]
+
+    def ends(self, namespace: str) -> bool:
+        return namespace in self._ending
+
+    def ending(self, namespace: str, *, ends: bool) -> None:
+        """What was found when the namespace was looked up: it is not watched."""
+        (self._ending.add if ends else self._ending.discard)(namespace)
 
     def progress(self, uid: str) -> Progress | None:
         return self._progress(uid)

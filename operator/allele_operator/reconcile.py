@@ -23,7 +23,8 @@ from allele_operator.cluster.events import EventRecorder
 from allele_operator.cluster.kube import Kube
 from allele_operator.execute import Executor, NameTaken, WorldChanged
 from allele_operator.metrics import Metrics
-from allele_operator.planning.model import PLANNED, Obj, Plan, Ref
+from allele_operator.planning import observe
+from allele_operator.planning.model import ERASE_FINALIZER, PLANNED, Obj, Plan, Ref
 from allele_operator.planning.plan import dependents, plan
 from allele_operator.status import merge_patch, urgent
 from allele_operator.workqueue import WorkQueue
@@ -106,11 +107,12 @@ class Reconciler:
             self._queue.add(ref)
 
     async def reconcile(self, ref: Ref) -> None:
-        obj = self._cache.get(ref)
-        if obj is None:
-            return
         start, result = self._clock(), "error"
         try:
+            obj = await self._observe(ref)
+            if obj is None:
+                result = "gone"
+                return
             decided = plan(ref.kind, obj, self._cache, self._now())
             refused = await self._act(decided)
             result = await self._finish(ref, obj, decided)
@@ -124,6 +126,19 @@ class Reconciler:
             self._queue.add(ref)
         finally:
             self._metrics.reconciled(ref.kind, result=result, seconds=self._clock() - start)
+
+    async def _observe(self, ref: Ref) -> Obj | None:
+        """The object, after a look at what its plan must know and no watch tells."""
+        obj = self._cache.get(ref)
+        if obj is None or not observe.deleting(obj) or ERASE_FINALIZER not in obj["metadata"]["finalizers"]:
+            return obj
+        try:
+            self._cache.ending(ref.namespace, ends=await self._kube.ends(ref.namespace))
+        except ApiError as e:
+            if e.status == 403:
+                await self._tell(obj, e)
+            raise
+        return self._cache.get(ref)
 
     async def _act(self, decided: Plan) -> NameTaken | ApiError | None:
         """Runs the actions. Gives the error that will not go away by itself (quota, policy, webhook, a name taken):
@@ -158,7 +173,13 @@ class Reconciler:
             return "deferred"
         for event in decided.events:
             await self._events.record(
-                ref.kind, obj, type=event.type, reason=event.reason, message=event.message, action="Reconcile"
+                ref.kind,
+                obj,
+                type=event.type,
+                reason=event.reason,
+                message=event.message,
+                action="Reconcile",
+                outlives=event.outlives,
             )
         return "ok"
 

@@ -33,9 +33,13 @@ class Settings(BaseModel):
     advertise: str = Field(
         "", description="host:port at which other replicas reach this one (the pod's IP); empty: they cannot."
     )
-    image: str = Field("allele/rollout:latest", description="Image of store probe Jobs: one with `allele` in it.")
+    image: str = Field(
+        "allele/rollout:latest",
+        description="Image of the Jobs that probe stores, erase and collect populations: one with `allele` and what "
+        "its store needs.",
+    )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
-        "IfNotPresent", description="Pull policy of store probe Jobs."
+        "IfNotPresent", description="Pull policy of these Jobs."
     )
     backend: Literal["Auto", "JobSet", "Job"] = Field(
         "Auto", description="What pools are made of. Auto: JobSet where the API server has it when the operator starts."

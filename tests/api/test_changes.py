@@ -55,6 +55,7 @@ ALLOWED: list[tuple[str, dict[str, Any]]] = [
         "AdapterPopulation",
         {"groups": [{**GROUP, "members": {"count": 32}}, {"name": "h", "members": {"count": 1}}]},
     ),
+    ("AdapterPopulation", {"deletionPolicy": "Delete", "retention": {"schedule": "17 3 * * *"}}),
     ("RLRun", {"suspend": True, "stop": {"steps": 80, "reward": 0.9}}),
 ]
 

@@ -110,6 +110,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         'spec.groups[1]: Duplicate value: {"name":"g"}',
     ),
     ("AdapterPopulation", {"exposure__maxGap": 0}, "should be greater than 0"),
+    ("AdapterPopulation", {"deletionPolicy": "Erase"}, 'Unsupported value: "Erase"'),
+    *(
+        ("AdapterPopulation", {"retention__schedule": text}, "schedule must be five fields of cron in UTC (minute hour")
+        for text in ("@daily", "", "17 3 * *", "17 3 * * * *", "TZ=UTC 17 3 * * *", "17 3 ? * #1")
+    ),
     ("RLRun", {"name": "x" * 41}, "metadata.name must be at most 40 characters"),
     ("RLRun", {"name": "x" * 28, **OWN_POOL}, "metadata.name must be at most 27 characters with runtimeRef"),
     ("RLRun", {"poolRef": None}, "exactly one of poolRef and runtimeRef must be set"),
@@ -196,6 +201,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("AdapterPopulation", {"groups__0__adapter": {"rank": 128, "init": {"kind": "OLoRA", "baseMode": "Rank2r"}}}),
     ("AdapterPopulation", {"groups": [_group(n, "PiSSA", "SharedResidual") for n in "gh"]}),
     ("AdapterPopulation", {"groups": [_group("g", "PiSSA", "Rank2r"), _group("h", "MiCA", "Untouched")]}),
+    ("AdapterPopulation", {"deletionPolicy": "Delete", "retention__schedule": "*/15 0-6,22 1 JAN Mon-Fri"}),
     ("RLRun", {"name": "x" * 40}),
     ("RLRun", {"name": "x" * 27, **OWN_POOL}),
     ("RLRun", {"groups": [_train(range={"count": 4}), _train(range={"first": 4, "count": 2})]}),

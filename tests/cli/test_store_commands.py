@@ -310,6 +310,9 @@ def test_gc_lists_folders_without_an_owner(store: PopulationStore, allele: Calla
         lost.objects.url(), 1, 5, "no population.json",
     )  # fmt: skip
     assert datetime.fromisoformat(found["newest"]) > datetime.now(UTC) - timedelta(minutes=5)
+    lost.claim(PopulationRecord(uid="uid-9", base_digest="sha256:b", shapes={}, erasing=True))
+    (found,) = as_json(allele, "gc", "--orphans")
+    assert found["reason"] == "it belongs to the uid uid-9, whose erasure was begun"
 
 
 def test_gc_without_a_population_says_what_is_missing(refused: Callable[..., None]) -> None:

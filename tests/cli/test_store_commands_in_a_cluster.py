@@ -41,7 +41,9 @@ def run_of(name: str, phase: str, lag: int, population: str = "users") -> dict[s
         "stop": {"steps": 1},
         "groups": [{"select": {"group": "g"}, "environment": {"path": "e:E"}, "optimizer": {"learningRate": 0.1}}],
     }
-    return {"metadata": {"name": name, "uid": f"uid-of-{name}"}, "spec": spec, "status": {"phase": phase}}
+    conditions = [{"type": t, "status": str(phase == t)} for t in ("Succeeded", "Failed")]
+    status = {"phase": phase, "conditions": conditions}
+    return {"metadata": {"name": name, "uid": f"uid-of-{name}"}, "spec": spec, "status": status}
 
 
 @pytest.fixture
@@ -101,6 +103,18 @@ def test_a_folder_whose_population_is_gone_or_another_is_an_orphan(store: Popula
         (f"{root}/nobody", "no population.json"),
         (f"{root}/old", "no AdapterPopulation has the uid uid-0"),
     ]
+
+
+def test_a_folder_that_is_being_erased_is_told(store: PopulationStore) -> None:
+    store.claim(PopulationRecord(uid="uid-1", base_digest="b", shapes={}, erasing=True))
+    store.objects.put("catalogue/_delta_log/00000000000000000001.json", b"{}")
+    (found,) = answer("populations")
+    assert (found["state"], found["members"]) == ("being erased", None)
+    assert answer("gc", "--orphans") == [], "its population waits for that"
+    other = PopulationStore.of(Objects.open("s3://the-bucket"), namespace="team", population="old")
+    other.claim(PopulationRecord(uid="uid-0", base_digest="b", shapes={}, erasing=True))
+    (orphan,) = answer("gc", "--orphans")
+    assert orphan["reason"] == "no AdapterPopulation has the uid uid-0, whose erasure was begun"
 
 
 def test_stores_are_those_of_the_namespace(store: PopulationStore) -> None:

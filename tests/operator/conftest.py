@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,16 +50,26 @@ def s3(cluster: Cluster) -> Any:
     )
 
 
+@pytest.fixture(scope="package")
+def helm() -> str:
+    script = ". hack/cluster/env.sh && echo $(tool helm)/helm"
+    path = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).exists():
+        pytest.fail(f"helm: expected {path}; run `make cluster`")
+    return path
+
+
 @pytest.fixture
 def team(cluster: Cluster) -> Iterator[Team]:
     """A fresh namespace that enforces PSA restricted; the bucket of its store does not exist."""
     name = f"op-{uuid.uuid4().hex[:8]}"
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
     yield Team(cluster, name, bucket=name)
-    for run in cluster.items("rlrun", namespace=name):  # nobody is left to give the members back
-        patch = '{"metadata": {"finalizers": null}}'
-        cluster.run("-n", name, "patch", "rlrun", run["metadata"]["name"], "--type=merge", "-p", patch, check=False)
-    cluster.run("delete", "namespace", name, "--wait=false")
+    for kind in ("rlrun", "apop"):  # nobody is left to give the members back, or to erase
+        for obj in cluster.items(kind, namespace=name):
+            patch = '{"metadata": {"finalizers": null}}'
+            cluster.run("-n", name, "patch", kind, obj["metadata"]["name"], "--type=merge", "-p", patch, check=False)
+    cluster.run("delete", "namespace", name, "--ignore-not-found", "--wait=false")
     cluster.run("delete", "pv", f"{name}-standins", "--ignore-not-found", "--wait=false")
 
 

@@ -132,10 +132,10 @@ class Team:
         }
         return self.resource("BasePool", name, spec | more)
 
-    def population(self, name: str = "population") -> Obj:
+    def population(self, name: str = "population", **more: Any) -> Obj:
         groups = [{"name": "g", "members": {"count": 4}}]
         spec = {"base": {"digest": BASE_DIGEST}, "storeRef": "store", "groups": groups}
-        return self.resource("AdapterPopulation", name, spec)
+        return self.resource("AdapterPopulation", name, spec | more)
 
     def rl_run(self, name: str = "run", *, steps: int = 20, population: str = "population") -> Obj:
         group = {

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,40 +11,12 @@ import yaml
 from pydantic.alias_generators import to_camel
 
 from allele_operator.settings import PREFIX, Settings
+from tests.operator.helm_chart import CHART, Yaml12, of_kind, render
+from tests.operator.operator_harness import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
-CHART = ROOT / "charts/allele"
 BY_TEMPLATE = {"kubeconfig", "namespace", "listen", "advertise", "operator_url", "lease_name", "lease_namespace"}
 """Settings that the chart derives from the release."""
 pytestmark = pytest.mark.cluster  # Helm is built with the cluster's tools
-
-
-class Yaml12(yaml.SafeLoader):
-    """Reads 1e-05 as the number that it is to Kubernetes; PyYAML follows YAML 1.1, where it is a string."""
-
-
-Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+e[-+]?\d+$"), list("-+0123456789"))
-
-
-@pytest.fixture(scope="module")
-def helm() -> str:
-    script = ". hack/cluster/env.sh && echo $(tool helm)/helm"
-    path = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(path).exists():
-        pytest.fail(f"helm: expected {path}; run `make cluster`")
-    return path
-
-
-def render(helm: str, *values: str) -> list[dict[str, Any]]:
-    sets = [a for v in values for a in ("--set", v)]
-    command = [helm, "template", "allele", str(CHART), "--namespace", "allele-system", *sets]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [o for o in yaml.load_all(done.stdout, Yaml12) if o]
-
-
-def of_kind(objects: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
-    return [o for o in objects if o["kind"] in kinds]
 
 
 def by_name(objects: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -67,6 +37,12 @@ def test_no_right_on_secrets_exec_or_wildcards(helm: str, scope: tuple[str, ...]
     for rule in rules(render(helm, *scope)):
         assert "*" not in rule["apiGroups"] + rule["resources"] + rule["verbs"], rule
         assert not {"secrets", "pods/exec", "nodes", "roles"} & set(rule["resources"]), rule
+
+
+def test_whether_a_namespace_is_deleted_may_be_asked_and_namespaces_not_listed(helm: str) -> None:
+    for scope in ((), ("scope.namespaces={a,b}",)):
+        found = [r["verbs"] for r in rules(render(helm, *scope)) if "namespaces" in r["resources"]]
+        assert found and all(verbs == ["get"] for verbs in found)
 
 
 def test_with_namespaces_the_only_cluster_wide_right_is_to_review_tokens(helm: str) -> None:

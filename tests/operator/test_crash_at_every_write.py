@@ -11,8 +11,10 @@ from collections.abc import Callable
 
 from tests.operator.conftest import StartOperator
 from tests.operator.operator_harness import Obj, Team, names, until
+from tests.operator.trained import claimed, folder
 
 Made = dict[str, list[str]]
+GONE_OR_NOT = ("--ignore-not-found", "--wait=false")
 
 
 def crash_at_every_write(
@@ -23,12 +25,15 @@ def crash_at_every_write(
     done: Callable[[str], bool],
     made: Callable[[str], Made],
     expected: Callable[[str, Made], bool],
+    begin: Callable[[str], None] = lambda name: None,
 ) -> int:
-    """Number of writes after which the operator was killed. The functions take the name of the round."""
+    """Number of writes after which the operator was killed. The functions take the name of the round; `begin` is called
+    when its objects are there."""
     for k in range(1, 40):
         name = f"r{k}"
         first = operators(team, entry="crashing_operator", environ={"CRASH_AFTER": str(k)}, lease=f"{name}-a")
         team.apply(*objects(name))
+        begin(name)
         until(f"round {name} is done or killed", lambda p=first, n=name: p.dead or done(n), seconds=240)
         if not first.dies_within(2.0):  # what is seen here may be the k-th write itself, the kill on its way
             first.kill()
@@ -45,7 +50,7 @@ def crash_at_every_write(
         second.kill()
         for o in objects(name):
             head = o["metadata"]
-            team.cluster.run("-n", head["namespace"], "delete", o["kind"], head["name"], "--wait=false")
+            team.cluster.run("-n", head["namespace"], "delete", o["kind"], head["name"], *GONE_OR_NOT)
     raise AssertionError("the operator never got through alive")
 
 
@@ -95,6 +100,39 @@ def test_a_run_is_driven_by_one_job(ready_team: Team, operators: StartOperator) 
         expected=lambda name, found: len(found["job"]) == 1 and len(found["configmap"]) == 1,
     )
     assert kills >= 6, "finalizer, ConfigMap, Job, two statuses and the finalizer again at least"
+
+
+def test_a_deleted_population_is_erased_by_one_job(ready_team: Team, operators: StartOperator) -> None:
+    team = ready_team
+    reach_the_store(team, operators)
+
+    def objects(name: str) -> list[Obj]:
+        """With its finalizer, which the operator may not have had the time to add."""
+        body = team.population(name, deletionPolicy="Delete")
+        return [body | {"metadata": body["metadata"] | {"finalizers": ["allele.dev/erase"]}}]
+
+    def begin(name: str) -> None:
+        claimed(team, name).write_segment({"m": b"weights"})
+        team.cluster.run("-n", team.namespace, "delete", "apop", name, "--wait=false")
+
+    def made(name: str) -> Made:
+        """Pods of erase Jobs, which are gone by then: events tell of them."""
+        told = (e for e in team.items("events.events.k8s.io") if e["reason"] == "SuccessfulCreate")
+        return {"pods": [e["note"] for e in told if e["regarding"]["name"].startswith(f"{name}-erase-")]}
+
+    def expected(name: str, found: Made) -> bool:
+        return len(found["pods"]) == 1 and not list(folder(team, name).objects.list())
+
+    kills = crash_at_every_write(
+        team,
+        operators,
+        objects=objects,
+        begin=begin,
+        done=lambda name: not team.get("apop", name),
+        made=made,
+        expected=expected,
+    )
+    assert kills >= 5, "a status, the Job, a status, its event and the finalizer at least"
 
 
 def over(team: Team, run: str) -> bool:

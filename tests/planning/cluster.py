@@ -33,16 +33,22 @@ from allele_operator.planning.plan import dependents, plan
 
 OPTIONS = Options(operator_url="http://allele-operator.allele-system.svc:8080", image="operator:1")
 START = datetime(2026, 1, 1, tzinfo=UTC)
+ERASED = {"erased": True, "reason": "Erased", "message": "s3://adapters/demo/ns/pop: deleted 9 objects (9 kB)"}
+COLLECTED = {"collected": True, "reason": "Collected", "message": "retired 12 revisions"}
 REACHABLE = {"reachable": True, "reason": "Reachable", "message": "all works", "create_only": True, "list": True}
 
 
 class Cluster:
-    """`probe` is what probe pods report; `ready` tells whether pods of pools get ready."""
+    """`probe`, `erase` and `collect` are what these pods report; `ready` tells whether pods of pools get ready, and
+    `ending` whether the namespace is being deleted."""
 
     def __init__(self, options: Options = OPTIONS) -> None:
         self.options = options
         self.now = START
         self.probe: Obj = dict(REACHABLE)
+        self.erase: Obj = dict(ERASED)
+        self.collect: Obj = dict(COLLECTED)
+        self.ending = False
         self.ready = True
         self.reports: dict[str, Progress] = {}
         self.log: list[str] = []
@@ -66,6 +72,9 @@ class Cluster:
         return [
             project(kind, o) for r, o in sorted(self._objects.items()) if r.kind == kind and r.namespace == namespace
         ]
+
+    def ends(self, namespace: str) -> bool:
+        return self.ending
 
     def progress(self, uid: str) -> Progress | None:
         return self.reports.get(uid)
@@ -117,6 +126,15 @@ class Cluster:
             job.setdefault("status", {})["conditions"] = [end | {"message": "", "lastTransitionTime": self._stamp()}]
             for pod in self._children("Job", job["metadata"]["name"], "Pod"):
                 del self._objects[Ref.of(pod)]
+
+    def tick(self) -> None:
+        """The time of every CronJob's schedule has come."""
+        for ref in self.refs("CronJob"):
+            raw = self._objects[ref]
+            self._serial += 1
+            template = copy.deepcopy(raw["spec"]["jobTemplate"])
+            name = f"{ref.name}-{self._serial}"
+            self._child(raw, "Job", name, template["metadata"]["labels"], spec=template["spec"])
 
     # What the operator does.
 
@@ -273,14 +291,20 @@ class Cluster:
                 del self._objects[Ref.of(pod)]
             else:
                 pod["status"] = self._pod_status(labels["allele.dev/role"])
-        if labels["allele.dev/role"] == "probe" and not over and wanted:
-            end = {"type": "Complete" if self.probe["reachable"] else "Failed", "status": "True"}
+        report = self._report(labels["allele.dev/role"])
+        if report and not over and wanted:
+            end = {"type": "Complete" if _good(report) else "Failed", "status": "True"}
             raw["status"] = {"conditions": [end | {"lastTransitionTime": self._stamp()}]}
 
+    def _report(self, role: str) -> Obj | None:
+        """What a pod of the role says when it ends, at once; None for roles that stay."""
+        return {"probe": self.probe, "erase": self.erase, "collect": self.collect}.get(role)
+
     def _pod_status(self, role: str) -> Obj:
-        if role == "probe":
-            end = {"exitCode": 0 if self.probe["reachable"] else 1, "message": json.dumps(self.probe)}
-            return {"phase": "Succeeded", "containerStatuses": [{"name": "probe", "state": {"terminated": end}}]}
+        if report := self._report(role):
+            end = {"exitCode": 0 if _good(report) else 1, "message": json.dumps(report)}
+            phase = "Succeeded" if _good(report) else "Failed"
+            return {"phase": phase, "containerStatuses": [{"name": role, "state": {"terminated": end}}]}
         if not (self.ready or role == "driver"):
             return {"phase": "Pending"}
         condition = {"type": "Ready", "status": "True"}
@@ -306,6 +330,10 @@ class Cluster:
                     child["metadata"].setdefault("deletionTimestamp", self._stamp())
                 if not children:
                     del self._objects[ref]
+
+
+def _good(report: Obj) -> bool:
+    return bool(report.get("reachable") or report.get("erased") or report.get("collected"))
 
 
 def _merge(into: Obj, change: Obj) -> None:

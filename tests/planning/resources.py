@@ -59,9 +59,12 @@ def train(**select: Any) -> Obj:
     }
 
 
-def run(name: str = "run", *, labels: Obj | None = None, created: str | None = None, **spec: Any) -> Obj:
+def run(
+    name: str = "run", *, labels: Obj | None = None, created: str | None = None, uid: str | None = None, **spec: Any
+) -> Obj:
     base = {"populationRef": "pop", "poolRef": "pool", "groups": [train()], "stop": {"steps": 40}, "suspend": False}
-    metadata = {"labels": labels or {}} | ({"creationTimestamp": created} if created else {})
+    given = {"creationTimestamp": created, "uid": uid}
+    metadata = {"labels": labels or {}} | {k: v for k, v in given.items() if v}
     return resource("RLRun", name, {k: v for k, v in (base | spec).items() if v is not None}, **metadata)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.api.kubectl import Kubectl
-from tests.planning.test_golden import CASES, pod_specs
+from tests.planning.test_golden import CASES, IDENTITY, pod_specs
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def restricted(kubeconfig: Path) -> Iterator[Kubectl]:
     outside.ok("create", "-f=-", given={"apiVersion": "v1", "kind": "Namespace", "metadata": head})
     inside = Kubectl(kubeconfig, namespace)
     inside.ok("wait", "--for=create", "serviceaccount/default", "--timeout=30s")
+    inside.ok("create", "serviceaccount", IDENTITY["serviceAccountName"])
     yield inside
     outside.ok("delete", "namespace", namespace, "--wait=false")
 

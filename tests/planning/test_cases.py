@@ -1,7 +1,8 @@
 """YAML in, YAML out: a world, what is different in it, and what the plan of one object says.
 
 The world is the converged one of `resources.demo` with a run in it, or, with `fresh`, the same before anything was
-reconciled. Names may hold `*`, since some end in a hash. Messages are compared by what they contain.
+reconciled. With `ending` the namespace is being deleted. Names may hold `*`, since some end in a hash. Messages are
+compared by what they contain.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def _world(case: Obj) -> Cluster:
         text = {"message": "x" * 1024} if report.get("message") == "LONG" else {}
         uid = cluster.raw("RLRun", "run")["metadata"]["uid"]
         cluster.reports[uid] = Progress(namespace="ns", run="run", uid=uid, epoch=1, **(report | text))
+    cluster.ending = case.get("ending", False)
     if now := case.get("now"):
         cluster.now = datetime.fromisoformat(now)
     return cluster

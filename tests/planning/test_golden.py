@@ -10,13 +10,15 @@ import pytest
 import yaml
 
 from allele.api.pool import BasePoolSpec
+from allele.api.population import Retention
 from allele.api.run import RLRunSpec
 from allele.api.runtime import AdapterRuntimeSpec
 from allele.api.store import AdapterStoreSpec
 from allele_operator.planning import admission
+from allele_operator.planning.collection import kept
 from allele_operator.planning.model import Obj, Options, Ref
 from allele_operator.planning.own_pool import own_pool
-from allele_operator.planning.render import driver, store
+from allele_operator.planning.render import driver, store, upkeep
 from allele_operator.planning.render import pool as render
 from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.run import driver_parts
@@ -95,6 +97,23 @@ def _probe(body: Obj) -> list[Obj]:
     return [store.probe_job(body, AdapterStoreSpec.model_validate(body["spec"]), OPTIONS)]
 
 
+def _upkeep(name: str, access: Obj | None = None) -> tuple[Obj, AdapterStoreSpec]:
+    body = population()
+    body["metadata"].update(name=name, uid="population-uid")
+    return body, AdapterStoreSpec.model_validate((access or a_store())["spec"])
+
+
+def _erase(store: Obj | None = None) -> list[Obj]:
+    body, access = _upkeep("pop", store)
+    return [upkeep.erase_job(body, access, OPTIONS)]
+
+
+def _collect() -> list[Obj]:
+    body, access = _upkeep("pop")
+    policy = kept(Retention(keep_last=3), [run(uid="run-uid", pace={"maxPolicyLag": 4})], "pop").arguments()
+    return [upkeep.collect_cron_job(body, access, OPTIONS, schedule="17 3 * * *", policy=policy)]
+
+
 def _own_pool() -> list[Obj]:
     body = run("mine", labels=QUEUE, poolRef=None, runtimeRef="runtime", baseUri="s3://adapters/bases/tiny")
     body["metadata"]["uid"] = "run-uid"
@@ -137,6 +156,9 @@ CASES: dict[str, Callable[[], list[Obj]]] = {
     "probe-gcs": lambda: _probe(a_store(provider="GCS", region=None, endpoint=None)),
     "probe-azure": lambda: _probe(a_store(**AZURE)),
     "pool-azure-identity": lambda: _pool(pool(), with_store=a_store(**AZURE, credentials=IDENTITY)),
+    "erase": _erase,
+    "erase-azure-identity": lambda: _erase(a_store(**AZURE, credentials=IDENTITY)),
+    "collect": _collect,
     "own-pool": _own_pool,
 }
 
@@ -167,14 +189,25 @@ def test_no_secret_is_read_and_every_container_is_confined(name: str) -> None:
 
 
 def pod_specs(manifests: list[Obj]) -> list[Obj]:
-    """Pod specs of Jobs and JobSets."""
+    """Pod specs of Jobs, CronJobs and JobSets."""
     found: list[Obj] = []
     for body in manifests:
         if body["kind"] == "Job":
             found.append(body["spec"]["template"]["spec"])
+        if body["kind"] == "CronJob":
+            found.append(body["spec"]["jobTemplate"]["spec"]["template"]["spec"])
         if body["kind"] == "JobSet":
             found += [r["template"]["spec"]["template"]["spec"] for r in body["spec"]["replicatedJobs"]]
     return found
+
+
+def test_names_of_upkeep_fit_and_tell_long_names_apart() -> None:
+    alike = [_upkeep("x" * 62 + end) for end in "ab"]
+    alike[1][0]["metadata"]["uid"] = "another-uid"
+    jobs = {upkeep.erase_job(body, access, OPTIONS)["metadata"]["name"] for body, access in alike}
+    crons = {upkeep.collect_name(body) for body, _ in alike}
+    assert len(jobs) == len(crons) == 2
+    assert max(map(len, jobs)) <= 63 and max(map(len, crons)) <= 52
 
 
 def test_the_template_hash_ignores_what_changes_in_place() -> None:

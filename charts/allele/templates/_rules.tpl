@@ -16,8 +16,8 @@
 - apiGroups: [jobset.x-k8s.io]
   resources: [jobsets]
   verbs: [get, list, watch, create, patch, delete]
-- apiGroups: [batch]
-  resources: [jobs]
+- apiGroups: [batch] # cronjobs: apply of an absent object needs create too
+  resources: [jobs, cronjobs]
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
@@ -25,6 +25,9 @@
 - apiGroups: [""] # apply of an absent object needs create too
   resources: [configmaps, services]
   verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""] # is it being deleted? Then no Job can erase what a population of it leaves in the store
+  resources: [namespaces]
+  verbs: [get]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [get, create, patch]

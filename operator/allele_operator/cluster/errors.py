@@ -7,7 +7,7 @@ class ApiError(Exception):
     """An answer outside 2xx, or none at all (status 0: connection, timeout, TLS)."""
 
     def __init__(self, status: int, reason: str, message: str, *, retry_after: float = 0.0) -> None:
-        super().__init__(f"{status or 'no answer'} {reason}: {message}"[:600])
+        super().__init__(_shortened(f"{status or 'no answer'} {reason}: {message}"))
         self.status = status
         self.reason = reason
         self.message = message
@@ -31,6 +31,11 @@ class ApiError(Exception):
     def terminating(self) -> bool:
         """Creation refused because the namespace is being deleted: nothing will ever fit in there again."""
         return self.status == 403 and "being terminated" in self.message
+
+
+def _shortened(text: str) -> str:
+    """A refusal may repeat the whole object in its middle; what is wrong with it comes last."""
+    return text if len(text) <= 600 else f"{text[:250]} … {text[-347:]}"
 
 
 class FenceShut(Exception):

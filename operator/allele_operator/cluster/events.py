@@ -23,28 +23,36 @@ _REMEMBERED = 4096
 
 
 class EventRecorder:
-    """Writes events; the same one again within `quiet` seconds is dropped."""
+    """Writes events; the same one again within `quiet` seconds is dropped.
+
+    `home` is the operator's own Lease: what outlives a namespace that is being deleted, and takes no events any more,
+    is told about that.
+    """
 
     def __init__(
         self,
         kube: Kube,
         *,
         instance: str,
+        home: Obj | None = None,
         quiet: float = 600.0,
         clock: Callable[[], float] = time.monotonic,
         lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._kube = kube
         self._instance = instance[:128]
+        self._home = home
         self._quiet = quiet
         self._clock = clock
         self._lost = lost
         self._said: OrderedDict[str, float] = OrderedDict()
 
-    async def record(self, kind: str, obj: Obj, *, type: str, reason: str, message: str, action: str) -> None:
+    async def record(
+        self, kind: str, obj: Obj, *, type: str, reason: str, message: str, action: str, outlives: bool = False
+    ) -> None:
         """`type` is Normal or Warning; `action` is what the operator was doing."""
         head = obj["metadata"]
-        name = event_name(head["name"], head["uid"], reason, message)
+        name = event_name(head["name"], head.get("uid", ""), reason, message)
         if self._clock() - self._said.get(name, float("-inf")) < self._quiet:
             return
         self._said[name] = self._clock()
@@ -68,13 +76,19 @@ class EventRecorder:
                 "kind": kind,
                 "name": head["name"],
                 "namespace": head["namespace"],
-                "uid": head["uid"],
-            },
+            }
+            | ({"uid": head["uid"]} if head.get("uid") else {}),
         }
         try:
             if await self._kube.create(body) is None:
                 await self._count_up(head["namespace"], name, now)
         except ApiError as e:
+            if outlives and e.terminating and self._home is not None:
+                log.warning("%s", message, extra={"namespace": head["namespace"]})
+                await self.record(
+                    self._home["kind"], self._home, type=type, reason=reason, message=message, action=action
+                )
+                return
             log.info("event lost: %s", e)
             self._lost()
 

@@ -10,6 +10,7 @@ __all__ = ["Obj", "Resource", "api_version", "group_version", "path", "resource"
 _RESOURCES = {
     **model.RESOURCES,
     "Event": Resource("events.k8s.io/v1", "events"),
+    "Namespace": Resource("v1", "namespaces"),
     "Lease": Resource("coordination.k8s.io/v1", "leases"),
 }
 

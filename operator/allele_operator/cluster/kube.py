@@ -1,7 +1,7 @@
 """The few verbs an operator needs, each in the one form that is safe for it.
 
 - Children that others change after us (JobSet, Job) are created once: an existing one is the one of before.
-- Children that are only ours (Service, ConfigMap) are applied server-side, forced.
+- Children that are only ours (Service, ConfigMap, CronJob) are applied server-side, forced.
 - Objects of users are changed by merge patch with uid and resourceVersion: server-side apply would bring back one that
   was deleted meanwhile.
 - Status is a merge patch with resourceVersion (uid is no precondition there) by this one writer.
@@ -62,6 +62,18 @@ class Kube:
             if e.not_found:
                 return None
             raise
+
+    async def ends(self, namespace: str) -> bool:
+        """Whether the namespace is being deleted, or gone. A Role inside it can give the right to ask."""
+        try:
+            found = await self._transport.call(
+                Request(method="GET", path=path("Namespace", None, namespace), kind="Namespace")
+            )
+        except ApiError as e:
+            if e.not_found:
+                return True
+            raise
+        return "deletionTimestamp" in found["metadata"]
 
     async def create(self, body: Obj) -> Obj | None:
         """Create-once. None: it is there already, after a crash or because the cache lags."""

@@ -27,6 +27,8 @@ APPLIED_ANNOTATION = f"{GROUP}/applied"
 """Digest of what was applied last, so that an unchanged object is not applied again."""
 FINALIZER = f"{GROUP}/members"
 """On a run that holds its members: no other run may train them until it is dropped."""
+ERASE_FINALIZER = f"{GROUP}/erase"
+"""On a population whose folder in the store is to be erased before the object goes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ RESOURCES = {
     "AdapterPopulation": Resource(API_VERSION, "adapterpopulations"),
     "RLRun": Resource(API_VERSION, "rlruns"),
     "JobSet": Resource("jobset.x-k8s.io/v1alpha2", "jobsets"),
+    "CronJob": Resource("batch/v1", "cronjobs"),
     "Job": Resource("batch/v1", "jobs"),
     "Pod": Resource("v1", "pods"),
     "Service": Resource("v1", "services"),
@@ -51,7 +54,7 @@ RESOURCES = {
 }
 PLANNED = ("AdapterStore", "AdapterRuntime", "BasePool", "AdapterPopulation", "RLRun")
 """Kinds that `plan` takes."""
-CHILDREN = ("JobSet", "Job", "Pod", "Service", "ConfigMap")
+CHILDREN = ("JobSet", "CronJob", "Job", "Pod", "Service", "ConfigMap")
 """Kinds that the operator makes; watched where they carry ROLE_LABEL. JobSet only with the JobSet backend."""
 
 
@@ -68,7 +71,7 @@ class Ref:
 
 @dataclasses.dataclass(frozen=True)
 class Apply:
-    """Server-side apply with force: for objects that are wholly ours (Service, ConfigMap)."""
+    """Server-side apply with force: for objects that are wholly ours (Service, ConfigMap, CronJob)."""
 
     body: Obj
 
@@ -126,6 +129,8 @@ class Event:
     type: Literal["Normal", "Warning"]
     reason: str
     message: str
+    outlives: bool = False
+    """About what stays when the namespace goes: told beside the operator where the namespace takes no more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +152,11 @@ class Options:
     operator_url: str
     """Where drivers report, e.g. http://allele-operator.allele-system.svc:8080."""
     image: str
-    """Image of probe Jobs: one that has `allele` installed."""
+    """Image of the Jobs that probe a store, erase and collect: one that has `allele` and all that its store needs."""
     backend: Literal["JobSet", "Job"] = "JobSet"
     cluster_domain: str = "cluster.local"
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """Of probe Jobs."""
+    """Of these Jobs."""
 
 
 class World(Protocol):
@@ -168,6 +173,11 @@ class World(Protocol):
 
     def select(self, kind: str, namespace: str) -> list[Obj]:
         """All known objects of the kind in the namespace."""
+        ...
+
+    def ends(self, namespace: str) -> bool:
+        """Whether the namespace is being deleted; looked up before an object with ERASE_FINALIZER that is deleted is
+        planned, and not known for any other."""
         ...
 
     def progress(self, uid: str) -> Progress | None:

@@ -12,6 +12,7 @@ from allele_operator.planning.conditions import Found, events, merged
 from allele_operator.planning.model import (
     PLANNED,
     POOL_LABEL,
+    POPULATION_LABEL,
     RUN_LABEL,
     STORE_LABEL,
     Obj,
@@ -36,6 +37,14 @@ _SUMMARY = {
     "RLRun": "Running",
 }
 """The condition that sums an object up."""
+
+_LABELS = {
+    POOL_LABEL: "BasePool",
+    RUN_LABEL: "RLRun",
+    STORE_LABEL: "AdapterStore",
+    POPULATION_LABEL: "AdapterPopulation",
+}
+"""Label of a child → whose plan reads it."""
 
 
 def plan(kind: str, obj: Obj, world: World, now: datetime) -> Plan:
@@ -64,7 +73,7 @@ def dependents(kind: str, obj: Obj, world: World) -> set[Ref]:
 
 def _by_label(obj: Obj) -> Iterator[Ref]:
     labels = obj["metadata"].get("labels") or {}
-    for label, kind in ((POOL_LABEL, "BasePool"), (RUN_LABEL, "RLRun"), (STORE_LABEL, "AdapterStore")):
+    for label, kind in _LABELS.items():
         if name := labels.get(label):
             yield Ref(kind, obj["metadata"]["namespace"], name)
 

@@ -1,4 +1,4 @@
-"""AdapterPopulation: is its store there, how many members has it, and what did runs make of them?
+"""AdapterPopulation: is its store there, how many members has it, what did runs make of them, and is it collected?
 
 The catalogue in the store is the truth about revisions; the operator cannot read it and adds up what runs report. What
 has been counted once stays, since revisions do and runs do not.
@@ -11,20 +11,25 @@ from datetime import datetime
 
 from allele.api.population import AdapterPopulationSpec
 from allele.api.run import RLRunSpec
-from allele_operator.planning import observe, selection
-from allele_operator.planning.admission import order, store_obstacle
+from allele.api.store import AdapterStoreSpec
+from allele_operator.planning import collection, erasure, observe, selection
+from allele_operator.planning.admission import lookup, order, store_obstacle
 from allele_operator.planning.conditions import Found, events, merged
 from allele_operator.planning.model import Obj, Plan, World
+from allele_operator.planning.render.upkeep import folder
 
 
 def plan(population: Obj, world: World, now: datetime) -> Plan:
     if observe.deleting(population):
-        return Plan()
+        return erasure.plan(population, world, now)
+    if action := erasure.finalizer(population):
+        return Plan((action,))
     spec = AdapterPopulationSpec.model_validate(population["spec"])
     name, namespace = population["metadata"]["name"], population["metadata"]["namespace"]
     runs = sorted((r for r in world.select("RLRun", namespace) if r["spec"].get("populationRef") == name), key=order)
     total = _total(spec, runs, _old(population, "members", "total"))
     ready = _ready(population, spec, world, total)
+    actions, collected = collection.plan(population, spec, runs, world)
     status = {
         "observedGeneration": population["metadata"].get("generation", 0),
         "phase": "Ready" if ready.status else "Waiting",
@@ -34,15 +39,23 @@ def plan(population: Obj, world: World, now: datetime) -> Plan:
             "failed": min(total, _distinct(spec, runs, "failed")),
         },
         "revisions": {k: _summed(population, runs, k) for k in ("committed", "exposed")},
-        "conditions": merged(population, [ready], now),
+        "url": _url(population, spec, world),
+        "conditions": merged(population, [ready, *collected], now),
     }
-    return Plan(status=status, events=events(population, [ready]))
+    return Plan(tuple(actions), status, events(population, [ready, *collected]))
 
 
 def _ready(population: Obj, spec: AdapterPopulationSpec, world: World, total: int) -> Found:
     if obstacle := store_obstacle(population, spec.store_ref, world):
         return obstacle.of("Ready")
     return Found("Ready", True, "Ready", f"{total} members in {len(spec.groups)} groups")
+
+
+def _url(population: Obj, spec: AdapterPopulationSpec, world: World) -> str:
+    """Stays when the store's object goes: its bucket does not."""
+    store = lookup(world, population, "AdapterStore", spec.store_ref)
+    old: str = population["status"].get("url", "")
+    return folder(population, AdapterStoreSpec.model_validate(store["spec"])) if store else old
 
 
 def _old(population: Obj, part: str, field: str) -> int:

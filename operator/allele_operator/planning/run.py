@@ -10,6 +10,7 @@ from allele.protocol.bundle import RunBundle
 from allele_operator.planning import admission, naming, observe
 from allele_operator.planning.admission import Busy, Needs
 from allele_operator.planning.conditions import Trouble
+from allele_operator.planning.jobs import ended
 from allele_operator.planning.model import (
     Action,
     AddFinalizer,
@@ -27,7 +28,7 @@ from allele_operator.planning.model import (
 from allele_operator.planning.own_pool import own_pool
 from allele_operator.planning.render import driver as render
 from allele_operator.planning.render.access import StoreAccess
-from allele_operator.planning.run_status import ended, final, report, running, waiting
+from allele_operator.planning.run_status import final, report, running, waiting
 
 
 def plan(run: Obj, world: World, now: datetime) -> Plan:

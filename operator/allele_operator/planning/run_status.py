@@ -87,13 +87,6 @@ def _not_over() -> list[Found]:
     return [Found(t, False, _OPEN, "the run is not over") for t in ("Succeeded", "Failed")]
 
 
-def ended(job: Obj) -> Obj | None:
-    """The condition that says that the driver's Job is over."""
-    return next(
-        (c for c in job["status"]["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None
-    )
-
-
 def final(run: Obj, spec: RLRunSpec, job: Obj, end: Obj, *, world: World, now: datetime) -> Plan:
     """The driver's Job is over."""
     admitted = Found("Admitted", True, "Admitted", "its members were its own")

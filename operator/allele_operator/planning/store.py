@@ -6,19 +6,16 @@ when the spec changed, and again, ever less often, while something waits for a s
 
 from __future__ import annotations
 
-import json
 import math
 from datetime import datetime, timedelta
 
 from allele.api.store import AdapterStoreSpec
-from allele_operator.planning import observe, pods
-from allele_operator.planning.conditions import Found, Severity, Trouble, events, merged, parse
+from allele_operator.planning import jobs, observe, pods
+from allele_operator.planning.conditions import Found, Severity, Trouble, events, merged
 from allele_operator.planning.model import Action, Create, Delete, Obj, Plan, Ref, World
 from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.render.store import probe_job
 
-SOONEST = timedelta(seconds=10)
-LATEST = timedelta(seconds=300)
 _CAPABILITIES = {
     "create_only": "CreateOnly",
     "if_match": "IfMatch",
@@ -35,20 +32,20 @@ def plan(store: Obj, world: World, now: datetime) -> Plan:
         return Plan()
     spec = AdapterStoreSpec.model_validate(store["spec"])
     wanted = probe_job(store, spec, world.options)
-    jobs = world.owned(store["metadata"]["uid"], "Job")
-    probe = next((j for j in jobs if j["metadata"]["name"] == wanted["metadata"]["name"]), None)
+    probes = world.owned(store["metadata"]["uid"], "Job")
+    probe = next((j for j in probes if j["metadata"]["name"] == wanted["metadata"]["name"]), None)
     actions: list[Action] = [
-        Delete(Ref.of(j), j["metadata"]["uid"]) for j in jobs if j is not probe and not observe.deleting(j)
+        Delete(Ref.of(j), j["metadata"]["uid"]) for j in probes if j is not probe and not observe.deleting(j)
     ]
     found, wait = _PROBING, None
     if probe is None or observe.deleting(probe):
         found = _known(store) or _PROBING
         if probe is None and (found.status is None or (found.status is False and _awaited(store, world))):
             actions.append(Create(wanted))
-    elif end := _end(probe):
+    elif end := jobs.ended(probe):
         found = _result(store, probe, end, world)
         if found.status is False and _awaited(store, world):
-            wait = _again(store, parse(end["lastTransitionTime"])) - now
+            wait = jobs.again(store, "Reachable", end) - now
             if wait <= timedelta(0):
                 actions.append(Delete(Ref.of(probe), probe["metadata"]["uid"]))
                 wait = None
@@ -81,19 +78,6 @@ def _known(store: Obj) -> Found | None:
     return Found("Reachable", old["status"] == "True", old["reason"], old["message"], severity)
 
 
-def _end(job: Obj) -> Obj | None:
-    return next(
-        (c for c in job["status"]["conditions"] if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None
-    )
-
-
-def _again(store: Obj, ended: datetime) -> datetime:
-    """When to probe again: after as long as the store has been unreachable, within SOONEST and LATEST."""
-    old = observe.condition(store, "Reachable")
-    since = parse(old["lastTransitionTime"]) if old.get("status") == "False" else ended
-    return ended + min(max(ended - since, SOONEST), LATEST)
-
-
 def _awaited(store: Obj, world: World) -> bool:
     name, namespace = store["metadata"]["name"], store["metadata"]["namespace"]
     return any(
@@ -101,21 +85,8 @@ def _awaited(store: Obj, world: World) -> bool:
     )
 
 
-def _report(probe: Obj, world: World) -> Obj:
-    """What the probe wrote into its termination message, {} when there is none or it is not JSON."""
-    for pod in world.owned(probe["metadata"]["uid"], "Pod"):
-        for container in pod["status"]["containers"]:
-            try:
-                report = json.loads((container.get("terminated") or {}).get("message", ""))
-            except ValueError:
-                continue
-            if isinstance(report, dict):
-                return report
-    return {}
-
-
 def _result(store: Obj, probe: Obj, end: Obj, world: World) -> Found:
-    report, known = _report(probe, world), _known(store)
+    report, known = jobs.report(probe, world), _known(store)
     if report:
         reachable = bool(report.get("reachable"))
         reason = str(report.get("reason") or ("Reachable" if reachable else "Unreachable"))
@@ -132,7 +103,7 @@ def _result(store: Obj, probe: Obj, end: Obj, world: World) -> Found:
 
 def _measured(store: Obj, probe: Obj | None, found: Found, world: World) -> Obj:
     """`capabilities` and `latency` as the probe found them; without one, as an earlier probe of this very spec did."""
-    report = _report(probe, world) if probe else {}
+    report = jobs.report(probe, world) if probe else {}
     if not report:
         old = store["status"] if found.status is not None and _known(store) else {}
         return {"capabilities": []} | {k: old[k] for k in ("capabilities", "latency") if old.get(k)}
