@@ -139,20 +139,22 @@ def long_history(report: Report, place: Place, *, commits: int, members: int = 1
             (folder / f"{version:020d}.json").write_text("\n".join(json.dumps(a) for a in actions))
     table.update_incremental()
     table.create_checkpoint()
-    fresh = Catalogue.open(catalogue.objects)
+    fresh = Catalogue(catalogue.objects)
     fact = Fact(kind="Committed", member="m", revision=1, digest="d", segment="s", offset=0, length=1, shape="s")
     what = f"{commits} commits of history: "
-    found = _timed(report, what + "load of an index", place, lambda: Index.load(Catalogue.open(catalogue.objects)))
+    found = _timed(report, what + "load of an index", place, lambda: Index.load(Catalogue(catalogue.objects)))
     catalogue.write_heads()
     gateway = _timed(
         report,
         what + "load of what counts now",
         place,
-        lambda: Index.load(Catalogue.open(catalogue.objects), history=False),
+        lambda: Index.load(Catalogue(catalogue.objects), history=False),
     )
-    assert gateway.newest("user-00000000") == found.newest("user-00000000")
+    newest = gateway.newest("user-00000000")
+    assert newest is not None and newest == found.newest("user-00000000")
     writer = _timed(report, what + "start of a writer", place, lambda: fresh.start("another"))
-    _timed(report, what + "commit", place, lambda: writer.commit(1, [fact]))
+    _timed(report, what + "commit that compacts", place, lambda: writer.commit(1, []))
+    _timed(report, what + "commit", place, lambda: writer.commit(2, [fact]))
     news = _timed(report, what + "news of it", place, found.refresh)
     assert [f.member for f in news] == ["m"]
 
