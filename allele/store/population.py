@@ -146,7 +146,7 @@ class PopulationStore:
                 f"{where}: uid: expected {record.uid}, found {found.uid}; set spec.adopt to take this folder over"
             )
 
-    def write_segment(
+    def write_segments(
         self, adapters: Mapping[str, bytes | memoryview], kind: SegmentKind = "segments"
     ) -> dict[str, ByteRange]:
         """Write packed adapters (or states) of members as new objects of at most SEGMENT_BYTES each, in their order.

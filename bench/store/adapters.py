@@ -68,7 +68,7 @@ def publish(report: Report, place: Place, *, members: int, rounds: int) -> Popul
     def ours() -> None:
         nonlocal step
         step += 1
-        ranges = store.write_segment(adapters)
+        ranges = store.write_segments(adapters)
         writer.commit(
             step,
             [Fact.committed(member=m, revision=step, weights=r, shape="s") for m, r in ranges.items()],

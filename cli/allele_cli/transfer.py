@@ -147,7 +147,7 @@ def _place(store: PopulationStore, name: AdapterName, asked: str | None) -> _Pla
 def _commit(place: _Place, found: Imported, folder: Path) -> Fact:
     """Bytes, then provenance, then the commit. Raises FencedError when another import has begun meanwhile."""
     member = place.name.member
-    weights = place.store.write_segment({member: place.shape.pack(found.row)})[member]
+    weights = place.store.write_segments({member: place.shape.pack(found.row)})[member]
     with found.weights.open("rb") as file:
         source = ImportRef(folder=str(folder), sha256=hashlib.file_digest(file, "sha256").hexdigest())
     writer = place.store.catalogue.start(RUN)

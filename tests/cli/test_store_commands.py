@@ -78,8 +78,8 @@ def store(tmp_path: Path) -> PopulationStore:
     writer = store.catalogue.start("run-1")
     for step in (1, 2, 3, 4):
         sha = store.write_provenance(provenance(step))
-        weights = store.write_segment({m: SHAPE.pack(row(10 * step + i)) for i, m in enumerate("ab")})
-        states = store.write_segment(dict.fromkeys("ab", b"state" * step), "states") if step > 2 else {}
+        weights = store.write_segments({m: SHAPE.pack(row(10 * step + i)) for i, m in enumerate("ab")})
+        states = store.write_segments(dict.fromkeys("ab", b"state" * step), "states") if step > 2 else {}
         facts = [
             Fact.committed(
                 member=m,
@@ -304,7 +304,7 @@ def test_gc_says_what_it_would_do_and_then_does_it(store: PopulationStore, allel
 def test_gc_lists_folders_without_an_owner(store: PopulationStore, allele: Callable[..., Result]) -> None:
     assert as_json(allele, "gc", "--orphans") == []
     lost = PopulationStore.open(store.objects.url().removesuffix("/team/users"), namespace="team", population="lost")
-    lost.write_segment({"m": b"12345"})
+    lost.write_segments({"m": b"12345"})
     (found,) = as_json(allele, "gc", "--orphans")
     assert (found["folder"], found["objects"], found["bytes"], found["reason"]) == (
         lost.objects.url(), 1, 5, "no population.json",

@@ -84,7 +84,7 @@ def test_gc_keeps_what_the_population_and_its_open_runs_declare(store: Populatio
     policy = _declared("users", "team")
     assert (policy.keep_last, policy.every, policy.grace.total_seconds()) == (2, 0, 3600)
     assert (policy.max_policy_lag, policy.runs) == (3, {"uid-of-open"})
-    place = store.write_segment({"m": b"x"})["m"]
+    place = store.write_segments({"m": b"x"})["m"]
     fact = Fact.committed(member="m", revision=1, weights=place, shape="s")
     store.catalogue.start("r").commit(1, [fact])
     assert answer("gc", "users", "--dry-run") == []

@@ -85,7 +85,7 @@ def trained(store: PopulationStore, shape: AdapterShape, member: str, **spec: ob
         loss={},
         time=datetime.now(UTC),
     )
-    weights = store.write_segment({member: shape.pack(values(shape, 0))})[member]
+    weights = store.write_segments({member: shape.pack(values(shape, 0))})[member]
     fact = Fact.committed(
         member=member,
         revision=1,
@@ -180,7 +180,7 @@ def test_another_scale_is_folded_only_when_asked(
         np.testing.assert_array_equal(got, shape.views(row)[name] * (0.5 if ".lora_B." in name else 1))
 
 
-@pytest.mark.parametrize("before", ["write_segment", "write_provenance"])
+@pytest.mark.parametrize("before", ["write_segments", "write_provenance"])
 def test_two_imports_at_once_do_not_take_one_revision(
     store: PopulationStore,
     shape: AdapterShape,
@@ -202,7 +202,7 @@ def test_two_imports_at_once_do_not_take_one_revision(
     monkeypatch.setattr(PopulationStore, before, another_first)
     code, out, err = allele("import", "users/ann", folder)
     assert inner[0][0] == 0 and inner[0][1].startswith("users/ann@2 ")
-    if before == "write_segment":
+    if before == "write_segments":
         assert code == 0 and out.startswith("users/ann@3 ")
     else:
         assert code == 1 and "a newer driver of this run has started" in err

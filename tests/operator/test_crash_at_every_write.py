@@ -112,7 +112,7 @@ def test_a_deleted_population_is_erased_by_one_job(ready_team: Team, operators: 
         return [body | {"metadata": body["metadata"] | {"finalizers": ["allele.dev/erase"]}}]
 
     def begin(name: str) -> None:
-        claimed(team, name).write_segment({"m": b"weights"})
+        claimed(team, name).write_segments({"m": b"weights"})
         team.cluster.run("-n", team.namespace, "delete", "apop", name, "--wait=false")
 
     def made(name: str) -> Made:

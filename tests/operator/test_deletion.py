@@ -22,7 +22,7 @@ FINALIZER = "allele.dev/erase"
 def train(team: Team, name: str = "population") -> PopulationStore:
     """What a driver would have left of the population: a record and a commit."""
     store = claimed(team, name)
-    place = store.write_segment({"g-0000": b"weights"})["g-0000"]
+    place = store.write_segments({"g-0000": b"weights"})["g-0000"]
     store.catalogue.start("run").commit(1, [Fact.committed(member="g-0000", revision=1, weights=place, shape="s")])
     return store
 

@@ -27,7 +27,7 @@ def train(team: Team) -> PopulationStore:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("allele.store.facts.now", lambda: datetime(2020, 1, 1, tzinfo=UTC))
         for step in range(1, 5):
-            place = store.write_segment({"m": b"weights"})["m"]
+            place = store.write_segments({"m": b"weights"})["m"]
             writer.commit(step, [Fact.committed(member="m", revision=step, weights=place, shape="s")])
     return store
 

@@ -103,7 +103,7 @@ class StoredPopulation:
         sequences: tuple[ProbeSequence, ...] = PROBES,
     ) -> int:
         """One revision of each member, as one commit; returns the catalogue version."""
-        ranges = self.store.write_segment(adapters)
+        ranges = self.store.write_segments(adapters)
         provenance = self.store.write_provenance(self._provenance(sequences))
         facts = [
             Fact.committed(

@@ -108,7 +108,7 @@ def committed(store: PopulationStore) -> Callable[..., Fact]:
     def build(
         member: str, revision: int, *, data: bytes = b"", state: ByteRange | None = None, **fields: object
     ) -> Fact:
-        written = store.write_segment({member: data or f"{member}@{revision}".encode()})
+        written = store.write_segments({member: data or f"{member}@{revision}".encode()})
         return Fact.committed(
             member=member, revision=revision, weights=written[member], state=state, shape="shape", **fields
         )

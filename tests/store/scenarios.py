@@ -61,8 +61,8 @@ def claim(session: Session, step: int) -> None:
 def publish(session: Session, step: int) -> None:
     """New revisions of three members: segment, states, provenance, one commit."""
     members = random.Random(step).sample(MEMBERS, 3)
-    weights = session.store.write_segment({m: content("weights", m, step) for m in members})
-    states = session.store.write_segment({m: content("state", m, step) for m in members}, "states")
+    weights = session.store.write_segments({m: content("weights", m, step) for m in members})
+    states = session.store.write_segments({m: content("state", m, step) for m in members}, "states")
     sha = session.store.write_provenance(provenance(step))
     session.writer.commit(step, [_committed(session.index, m, weights[m], states[m], sha) for m in members])
 
@@ -216,7 +216,7 @@ def publisher(
     index = Index.load(store.catalogue)
     for step in range(1, 2 * steps + 1, 2):
         data = {m: content(run, m, step) for m in (*members, *(idle if step == 1 else ()))}
-        ranges = store.write_segment(data)
+        ranges = store.write_segments(data)
         facts = [
             Fact.committed(member=m, revision=index.next_revision(m), weights=r, shape="s") for m, r in ranges.items()
         ]

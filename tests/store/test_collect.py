@@ -55,8 +55,8 @@ def publish(store: PopulationStore, step: int, members: list[str], *, run: str =
     """One step of a driver: a segment and a segment of states with what is recognisable of each member."""
     writer = store.catalogue.start(run)
     index = Index.load(store.catalogue)
-    weights = store.write_segment({m: f"{m} {step} ".encode() * 50 for m in members})
-    states = store.write_segment({m: f"{m} {step} state ".encode() * 50 for m in members}, "states") if state else {}
+    weights = store.write_segments({m: f"{m} {step} ".encode() * 50 for m in members})
+    states = store.write_segments({m: f"{m} {step} state ".encode() * 50 for m in members}, "states") if state else {}
     writer.commit(
         step,
         [
@@ -109,8 +109,8 @@ def test_a_population_is_collected_in_passes(store: PopulationStore, passes: Pas
 def test_garbage_of_a_crash_is_deleted_only_when_it_is_old(store: PopulationStore, passes: Passes) -> None:
     publish(store, 1, ["a"])
     before = paths(store)
-    store.write_segment({"a": b"never committed"})
-    store.write_segment({"a": b"never committed"}, "states")
+    store.write_segments({"a": b"never committed"})
+    store.write_segments({"a": b"never committed"}, "states")
     assert not passes.collect().plan
     passes.later()
     assert {d.reason for d in passes.collect().plan.delete} == {"no fact names it"}
@@ -119,7 +119,7 @@ def test_garbage_of_a_crash_is_deleted_only_when_it_is_old(store: PopulationStor
 
 def test_a_commit_between_plan_and_delete_is_respected(store: PopulationStore, passes: Passes) -> None:
     publish(store, 1, ["a"])
-    late = store.write_segment({"b": b"written long before it was committed"})["b"]
+    late = store.write_segments({"b": b"written long before it was committed"})["b"]
     passes.later()
     assert [d.path for d in survey(store, policy=POLICY, now=passes.now).delete] == [late.path]
 

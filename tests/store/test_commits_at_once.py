@@ -19,7 +19,7 @@ def publish(store: PopulationStore, run: str) -> None:
     """A segment and a commit for each step, as fast as it goes."""
     writer = store.catalogue.start(run)
     for step in range(1, STEPS + 1):
-        written = store.write_segment({f"{run}-{i}": f"{run} {step} {i}".encode() for i in range(2)})
+        written = store.write_segments({f"{run}-{i}": f"{run} {step} {i}".encode() for i in range(2)})
         facts = [Fact.committed(member=m, revision=step, weights=where, shape="s") for m, where in written.items()]
         writer.commit(step, facts)
 

@@ -102,7 +102,7 @@ def rotate_in_the_middle_of_a_run(url: str, rotate: Callable[[], None]) -> None:
     writer = store.catalogue.start("run")
     writer.commit(1, [Fact(kind="Exposed", member="m", revision=1)])
     rotate()
-    ranges = store.write_segment({"m": b"bytes"})
+    ranges = store.write_segments({"m": b"bytes"})
     writer.commit(2, [Fact.committed(member="m", revision=1, weights=ranges["m"], shape="s")])
     assert store.read(ranges["m"]) == b"bytes"
     assert [f.kind for f in store.catalogue.facts()] == ["Exposed", "Committed"]

@@ -64,7 +64,7 @@ def test_a_damaged_revision_is_refused_and_the_older_one_is_served(
 
 
 def test_one_damaged_member_of_a_segment_does_not_spoil_the_others(store: PopulationStore, damage: Damage) -> None:
-    ranges = store.write_segment({"a": b"a" * 400, "b": b"b" * 400})
+    ranges = store.write_segments({"a": b"a" * 400, "b": b"b" * 400})
     damage(f"team/users/{ranges['a'].path}", flip)
     assert store.read(ranges["a"]) == b"a" * 400
     with pytest.raises(DigestMismatch, match="at 400"):
@@ -72,7 +72,7 @@ def test_one_damaged_member_of_a_segment_does_not_spoil_the_others(store: Popula
 
 
 def test_a_segment_cut_before_several_members_is_refused(store: PopulationStore, damage: Damage) -> None:
-    ranges = store.write_segment({m: m.encode() * 400 for m in "abcd"})
+    ranges = store.write_segments({m: m.encode() * 400 for m in "abcd"})
     damage(f"team/users/{ranges['a'].path}", lambda data: data[:600])
     message = r"at 400: expected 400 bytes.*found 200 bytes: the object is truncated"
     for last in "bcd":
@@ -86,14 +86,14 @@ def test_a_segment_cut_before_several_members_is_refused(store: PopulationStore,
 
 def test_far_ranges_are_fetched_apart(store: PopulationStore) -> None:
     written = {m: os.urandom(700_000) for m in "abcdef"}
-    ranges = store.write_segment(written)
+    ranges = store.write_segments(written)
     order = "facfa"
     assert store.read_many([ranges[m] for m in order]) == [written[m] for m in order]
     assert asyncio.run(store.aread_many([ranges[m] for m in order])) == [written[m] for m in order]
 
 
 def test_a_missing_segment_is_named(store: PopulationStore) -> None:
-    ranges = store.write_segment({"a": b"data"})
+    ranges = store.write_segments({"a": b"data"})
     store.objects.delete([ranges["a"].path])
     with pytest.raises(ObjectNotFound, match=ranges["a"].path):
         store.read(ranges["a"])

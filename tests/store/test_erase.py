@@ -29,8 +29,8 @@ def fill(store: PopulationStore, committed: Committed, record: PopulationRecord 
     store.claim(record)
     writer = store.catalogue.start("run")
     for revision in (1, 2):
-        state = store.write_segment({"m": b"state"}, "states")["m"]
-        place = store.write_segment({"m": b"weights"})["m"]
+        state = store.write_segments({"m": b"state"}, "states")["m"]
+        place = store.write_segments({"m": b"weights"})["m"]
         fact = Fact.committed(member="m", revision=revision, weights=place, state=state, shape="s")
         writer.commit(revision, [fact])
     store.objects.put("provenance/x.json", b"{}")
@@ -82,7 +82,7 @@ def test_what_another_population_adopted_stays(store: PopulationStore, committed
 
 
 def test_leftovers_without_a_record_go(store: PopulationStore) -> None:
-    store.write_segment({"m": b"late"})
+    store.write_segments({"m": b"late"})
     assert erase.erase(store, uid="uid-1").objects == 2
     assert paths(store) == []
 
@@ -132,7 +132,7 @@ def test_killed_at_any_write_it_is_finished_by_the_next_attempt(
         at += 1
         store = PopulationStore.open(store_url, namespace="team", population="users")
         if leftovers:
-            store.write_segment({"m": b"late"})
+            store.write_segments({"m": b"late"})
         else:
             fill(store, committed)
         with pytest.MonkeyPatch.context() as patch:
@@ -242,14 +242,14 @@ def test_what_a_writer_adds_meanwhile_goes_too_and_one_that_never_stops_is_told(
     def late(*_: object) -> None:
         left[0] -= 1
         if left[0] >= 0:
-            store.write_segment({"m": b"late"})
+            store.write_segments({"m": b"late"})
 
     store.claim(MINE)
-    store.write_segment({"m": b"early"})
+    store.write_segments({"m": b"early"})
     assert erase.erase(store, uid="uid-1", progress=late).objects == 4
     assert paths(store) == []
     store.claim(MINE)
-    store.write_segment({"m": b"early"})
+    store.write_segments({"m": b"early"})
     left[0] = 1_000
     with pytest.raises(StoreUnavailable, match="something still writes here"):
         erase.erase(store, uid="uid-1", progress=late)

@@ -58,7 +58,7 @@ def writer_failed() -> Fact:
 def test_resume_goes_back_to_state_and_an_abandoned_branch_is_out_of_the_lineage(
     store: PopulationStore, writer: Writer, committed: Callable[..., Fact]
 ) -> None:
-    state = store.write_segment({"a": b"state of a@1"}, kind="states")["a"]
+    state = store.write_segments({"a": b"state of a@1"}, kind="states")["a"]
     writer.commit(1, [committed("a", 1, state=state), committed("b", 1)])
     writer.commit(2, [committed("a", 2, parent=1)])
     index = Index.load(store.catalogue)
@@ -83,7 +83,7 @@ def test_state_may_be_committed_after_the_weights(
     writer.commit(1, [committed("a", 1)])
     index = Index.load(store.catalogue)
     assert index.resume_point(["a"]) == {}
-    state = store.write_segment({"a": b"late"}, kind="states")["a"]
+    state = store.write_segments({"a": b"late"}, kind="states")["a"]
     writer.commit(2, [committed("a", 1, state=state)])
     index.refresh()
     assert store.read(index.resume_point(["a"])["a"].state) == b"late"  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def test_a_pass_collects_by_the_policy_that_it_is_given(store: PopulationStore, 
 
 def test_the_state_that_a_run_would_resume_from_is_kept(store: PopulationStore, committed: Committed, job: Any) -> None:
     store.claim(MINE)
-    states = [store.write_segment({"m": b"s%d" % i}, "states")["m"] for i in range(4)]
+    states = [store.write_segments({"m": b"s%d" % i}, "states")["m"] for i in range(4)]
     store.catalogue.start("paused").commit(1, [committed("m", 1, state=states[0], run="paused")])
     writer = store.catalogue.start("run")
     for i in (1, 2, 3):
@@ -124,7 +124,7 @@ def test_damage_is_told_and_trying_again_would_not_help(
     store: PopulationStore, committed: Committed, job: Any, damage: Damage
 ) -> None:
     store.claim(MINE)
-    places = store.write_segment({m: m.encode() * 900 for m in "abc"})
+    places = store.write_segments({m: m.encode() * 900 for m in "abc"})
     facts = [Fact.committed(member=m, revision=1, weights=places[m], shape="s") for m in "abc"]
     writer = store.catalogue.start("run")
     writer.commit(1, facts)

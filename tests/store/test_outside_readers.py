@@ -47,8 +47,8 @@ def test_every_recorded_range_hashes_to_its_digest(
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     writer = store.catalogue.start("run-1")
     for step in range(1, 4):
-        weights = store.write_segment({f"m{i}": os.urandom(3000) for i in range(8)})
-        states = store.write_segment({f"m{i}": os.urandom(900) for i in range(8)}, kind="states")
+        weights = store.write_segments({f"m{i}": os.urandom(3000) for i in range(8)})
+        states = store.write_segments({f"m{i}": os.urandom(900) for i in range(8)}, kind="states")
         writer.commit(
             step,
             [

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.everywhere
 
 def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
     written = {f"m{i}": os.urandom(1000 + i) for i in range(20)}
-    ranges = store.write_segment(written)
+    ranges = store.write_segments(written)
     assert len({r.path for r in ranges.values()}) == 1
     assert next(iter(ranges.values())).path.startswith("segments/")
     assert {m: store.read(r) for m, r in ranges.items()} == written
@@ -24,15 +24,15 @@ def test_members_are_ranges_of_one_object(store: PopulationStore) -> None:
 
 
 def test_read_many_keeps_the_order_asked_for_across_segments(store: PopulationStore) -> None:
-    first = store.write_segment({"a": b"alpha", "b": b"beta"})
-    second = store.write_segment({"c": memoryview(b"gamma")}, kind="states")
+    first = store.write_segments({"a": b"alpha", "b": b"beta"})
+    second = store.write_segments({"c": memoryview(b"gamma")}, kind="states")
     wanted = [second["c"], first["b"], first["a"], second["c"]]
     assert store.read_many(wanted) == [b"gamma", b"beta", b"alpha", b"gamma"]
     assert second["c"].path.startswith("states/")
 
 
 def test_async_reads_give_the_same(store: PopulationStore) -> None:
-    ranges = store.write_segment({f"m{i}": os.urandom(500) for i in range(8)})
+    ranges = store.write_segments({f"m{i}": os.urandom(500) for i in range(8)})
 
     async def read() -> tuple[bytes, list[bytes]]:
         return await store.aread(ranges["m3"]), await store.aread_many(list(ranges.values()))
@@ -44,7 +44,7 @@ def test_async_reads_give_the_same(store: PopulationStore) -> None:
 
 def test_segments_larger_than_a_part_are_whole(store: PopulationStore) -> None:
     written = {f"m{i}": os.urandom(5_000_000) for i in range(5)}
-    ranges = store.write_segment(written)
+    ranges = store.write_segments(written)
     assert store.objects.head(ranges["m0"].path).size == 25_000_000
     assert store.read_many([ranges[m] for m in written]) == list(written.values())
 
@@ -53,7 +53,7 @@ def test_many_adapters_are_spread_over_bounded_objects(store: PopulationStore, m
     monkeypatch.setattr(population, "SEGMENT_BYTES", 250)
     sizes = {"a": 100, "b": 150, "c": 1, "d": 400, "e": 249, "f": 1}
     written = {m: os.urandom(n) for m, n in sizes.items()}
-    ranges = store.write_segment(written)
+    ranges = store.write_segments(written)
     members: dict[str, str] = {}
     for m, r in ranges.items():
         members[r.path] = members.get(r.path, "") + m
@@ -63,7 +63,7 @@ def test_many_adapters_are_spread_over_bounded_objects(store: PopulationStore, m
 
 
 def test_an_empty_segment_is_not_written(store: PopulationStore) -> None:
-    assert store.write_segment({}) == {}
+    assert store.write_segments({}) == {}
     assert list(store.objects.list()) == []
 
 
@@ -91,7 +91,7 @@ def test_other_urls_are_refused(url: str) -> None:
 @pytest.mark.parametrize("name", ["", "a/b", "a@1", "a:b", "a\n", "-a", "x" * 64, "ünder", "a b"])
 def test_bad_member_names_are_refused_before_anything_is_written(store: PopulationStore, name: str) -> None:
     with pytest.raises(InvalidRequest, match="member: expected"):
-        store.write_segment({name: b"data"})
+        store.write_segments({name: b"data"})
     assert list(store.objects.list()) == []
 
 

@@ -26,8 +26,8 @@ def whole(store: PopulationStore) -> PopulationStore:
     writer = store.catalogue.start("run")
     for step in (1, 2):
         sha = store.write_provenance(provenance().model_copy(update={"step": step}))
-        weights = store.write_segment({m: f"{m}{step}".encode() * 50 for m in "abc"})
-        states = store.write_segment({m: f"{m}{step} state".encode() * 50 for m in "abc"}, "states")
+        weights = store.write_segments({m: f"{m}{step}".encode() * 50 for m in "abc"})
+        states = store.write_segments({m: f"{m}{step} state".encode() * 50 for m in "abc"}, "states")
         facts = [
             Fact.committed(
                 member=m, revision=step, weights=weights[m], state=states[m], group="g", shape="d", provenance=sha
@@ -81,7 +81,7 @@ def test_a_truncated_object_names_what_is_cut_and_checks_the_rest(whole: Populat
 
 
 def test_what_lies_far_behind_a_cut_does_not_hide_what_is_before_it(whole: PopulationStore, damage: Change) -> None:
-    written = whole.write_segment({"d": b"d" * 100, "gap": bytes(2 << 20), "e": b"e" * 100})
+    written = whole.write_segments({"d": b"d" * 100, "gap": bytes(2 << 20), "e": b"e" * 100})
     facts = [Fact.committed(member=m, revision=1, weights=written[m], group="g", shape="d") for m in "de"]
     whole.catalogue.start("run").commit(9, facts)
     damage(f"team/users/{written['d'].path}", lambda data: b"!" + data[1:150])

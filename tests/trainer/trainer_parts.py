@@ -151,7 +151,7 @@ class Rig:
         """A packed adapter in the store whose A and B are both random: no gradient of its first step is zero."""
         shape = self.shape(spec)
         row = np.random.default_rng(seed).normal(0, 0.05, shape.numel).astype(np.float32)
-        return self.store.write_segment({member: shape.pack(row)})[member]
+        return self.store.write_segments({member: shape.pack(row)})[member]
 
 
 def start(

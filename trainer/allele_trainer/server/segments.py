@@ -51,7 +51,7 @@ def whole(shard: Shard, rows: Rows, ranks: Ranks) -> list[Tensor]:
 
 def write(store: RunStore, packed: Mapping[str, bytes], kind: Kind, ranks: Ranks) -> dict[str, ByteRange]:
     """Write this rank's members as its segment; gives where every member of every rank is. Collective."""
-    written = agreed(ranks, lambda: store.write_segment(packed, kind=kind) if packed else {})
+    written = agreed(ranks, lambda: store.write_segments(packed, kind=kind) if packed else {})
     if ranks.size == 1:
         return written
     found: dict[str, ByteRange] = {}

@@ -28,9 +28,9 @@ class RunStore:
         with _answered():
             return self._population.read_many(where)
 
-    def write_segment(self, adapters: Mapping[str, bytes | memoryview], kind: Kind) -> dict[str, ByteRange]:
+    def write_segments(self, adapters: Mapping[str, bytes | memoryview], kind: Kind) -> dict[str, ByteRange]:
         with _answered():
-            return self._population.write_segment(adapters, kind=kind)
+            return self._population.write_segments(adapters, kind=kind)
 
 
 class RunFactors(FactorStore):
