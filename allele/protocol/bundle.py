@@ -13,8 +13,10 @@ class RunBundle(Model):
     namespace: str
     run: str
     run_uid: str
+    run_generation: int = 1
     population: str
     population_uid: str
+    population_generation: int = 1
     run_spec: RLRunSpec
     population_spec: AdapterPopulationSpec
     base_uri: str

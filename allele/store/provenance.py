@@ -56,6 +56,8 @@ class DataRange(Wire):
 
     cursor: int
     prompts: int
+    digest: str = ""
+    """Of the data, as the environment says; empty where it says nothing."""
 
 
 class SamplingRef(Wire):
@@ -91,6 +93,9 @@ class Provenance(Wire):
     run_uid: str
     fence: int
     step: int
+    run_generation: int = 0
+    """Of the spec that the driver was given, as of the population's; 0: there is none."""
+    population_generation: int = 0
     base: BaseRef
     tokenizer_digest: str
     chat_template_digest: str = ""

@@ -35,6 +35,14 @@ class Good:
         return Score(self.factor * len(completion.text), {"tokens": len(completion.ids)})
 
 
+class WithData(Good):
+    data_digest = "sha256:0123"
+
+
+class WithNumber(Good):
+    data_digest = 123
+
+
 class Naughty(Good):
     def prompts(self, member, rng, n, held_out):
         if member.name == "wordless":
@@ -145,6 +153,15 @@ def test_the_digest_of_code_follows_its_source(code: Path) -> None:
     assert before == code_digest("user_code:Naughty")
     (code / "user_code.py").write_text(CODE + "# changed\n")
     assert code_digest("user_code:Good") != before
+
+
+async def test_an_environment_may_say_what_its_data_is(scorer: Callable[..., Scorer]) -> None:
+    silent, telling = scorer("user_code:Good"), scorer("user_code:WithData")
+    await silent.start()
+    await telling.start()
+    assert (silent.data_digest, telling.data_digest) == ("", "sha256:0123")
+    with pytest.raises(EnvironmentLoadError, match="data_digest: expected text, found 123"):
+        await scorer("user_code:WithNumber").start()
 
 
 async def test_a_constructor_that_refuses_its_parameters_is_an_error_at_start(scorer: Callable[..., Scorer]) -> None:

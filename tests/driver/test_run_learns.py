@@ -62,6 +62,7 @@ def test_provenance_names_where_revisions_come_from(run: Callable[..., DrivenRun
     assert found.trainer == info.setting
     assert found.trainer.layout == {"tp": 1, "pp": 1, "ep": 1, "dp": 1, "sequence_parallel": 0, "recompute": 0}
     assert (found.trainer.device, found.trainer.dtype) == ("cpu", "float32")
+    assert (found.run_generation, found.population_generation) == (1, 1)
     assert found.sampling is not None
     settings = traced.bundle.run_spec.groups[0].sampling
     assert found.sampling.model_dump(exclude={"stop_token_ids"}) == settings.model_dump()

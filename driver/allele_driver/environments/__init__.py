@@ -2,7 +2,8 @@
 
 An environment is a class, named in `spec.groups[].environment.path` as `module:Class` or by the name of an entry point
 of group `allele.environments`. It is made once as `Class(tokenizer=…, **parameters)`, and lives in a worker process of
-its own: it may hang, leak or crash without hurting the run.
+its own: it may hang, leak or crash without hurting the run. Its attribute `data_digest`, if it has one, goes into the
+provenance of what it taught: the sha256 of a data set, say.
 
 Every environment has `prompts` and `score`: held-out evaluation and the probes of a revision need them. What else it
 must have depends on the run's algorithm:

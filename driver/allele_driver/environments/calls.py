@@ -29,6 +29,7 @@ class Start:
 @dataclasses.dataclass(frozen=True)
 class Started:
     code_digest: str
+    data_digest: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,14 @@ def code_digest(path: str) -> str:
     return f"sha256:{hashlib.sha256(Path(source).read_bytes()).hexdigest()}" if source else ""
 
 
+def data_digest(environment: object, path: str) -> str:
+    """What an environment says of the data that it draws from. Raises EnvironmentLoadError when that is no text."""
+    found = getattr(environment, "data_digest", "")
+    if not isinstance(found, str):
+        raise EnvironmentLoadError(f"environment {path!r}: data_digest: expected text, found {found!r:.200}")
+    return found
+
+
 def _entry_point(name: str) -> str:
     known = {e.name: e.value for e in entry_points(group=GROUP)}
     if name not in known:

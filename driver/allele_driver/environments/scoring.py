@@ -74,7 +74,8 @@ class Scorer:
         self._lock = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self.code_digest = ""
-        """sha256 of the environment's source; known after `start`."""
+        """sha256 of the environment's source; known after `start`, as is `data_digest`."""
+        self.data_digest = ""
 
     async def start(self) -> None:
         """Raises EnvironmentLoadError when user code does not load or fit."""
@@ -100,7 +101,7 @@ class Scorer:
             await self.close()
             raise EnvironmentLoadError(f"{answer.reason}\n{answer.traceback}")
         assert isinstance(answer, Started), f"worker: expected Started, found {answer!r:.200}"
-        self.code_digest = answer.code_digest
+        self.code_digest, self.data_digest = answer.code_digest, answer.data_digest
 
     async def close(self) -> None:
         """Kill the worker: it holds nothing worth saving."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from allele_driver.environments import Answer, Completion, Lesson, Pair, Prompt, Said, Score, calls
 from allele_driver.environments.calls import Call, Draw, Drawn, Failed, Give, Given, Judge, Start, Started, Text
-from allele_driver.environments.load import build, code_digest
+from allele_driver.environments.load import build, code_digest, data_digest
 from allele_driver.tokenizer import HfTokenizer
 
 
@@ -24,7 +24,7 @@ class Worker:
         self._tokenizer = HfTokenizer(start.tokenizer, start.stop_token_ids)
         # Any: which methods it has beside the usual was checked by name.
         self._environment: Any = build(start.path, self._tokenizer, start.parameters, methods=start.methods)
-        self.started = Started(code_digest(start.path))
+        self.started = Started(code_digest(start.path), data_digest(self._environment, start.path))
 
     def answer(self, call: Call) -> calls.Answer:
         if isinstance(call, Draw):
