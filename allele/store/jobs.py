@@ -109,7 +109,11 @@ def _amount(objects: int, size: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m allele.store.jobs", description="Work on a population's folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m allele.store.jobs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _place(commands.add_parser("erase", description="Delete all of it."))
     collect = _place(commands.add_parser("collect", description="Delete what retention does not keep."))
