@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from allele.format import export_peft
 from tests.rollout.rollout_engine import EngineProcess
 from tests.rollout.rollout_parts import (
+    ALPHA,
     EOS,
+    SHAPE,
     ProbeSequence,
     Sample,
     Service,
@@ -55,6 +58,19 @@ def test_greedy_samples_equal_a_direct_call_of_the_engine(
     ).json
     assert sample.completion == direct["output_ids"]
     assert sample.logprobs == pytest.approx([p for p, *_ in direct["meta_info"]["output_token_logprobs"]], abs=1e-6)
+
+
+def test_an_exported_folder_loads_in_the_engine_without_a_gateway(engine: EngineProcess, tmp_path: Path) -> None:
+    packed, greedy = random_adapter(5), {"temperature": 0.0, "max_new_tokens": 8, "stop_token_ids": [EOS]}
+    export_peft(packed, tmp_path / "folder", shape=SHAPE, scale=ALPHA / SHAPE.rank, base_name="tiny")
+    loaded = call(f"{engine.url}/load_lora_adapter", {"lora_name": "alone", "lora_path": str(tmp_path / "folder")})
+    assert loaded.status == 200, loaded.body
+    asked = {"input_ids": list(PROMPT), "lora_path": "alone", "sampling_params": greedy, "return_logprob": True}
+    answer = call(f"{engine.url}/generate", asked).json
+    assert call(f"{engine.url}/unload_lora_adapter", {"lora_name": "alone"}).status == 200
+    logprobs = [p for p, *_ in answer["meta_info"]["output_token_logprobs"]]
+    truth = reference(packed, [ProbeSequence(prompt=PROMPT, completion=tuple(answer["output_ids"]))])
+    assert len(logprobs) >= 1 and logprobs == pytest.approx(truth, abs=1e-4)
 
 
 def test_more_adapters_than_may_be_loaded_are_all_served_right(gateway: Start, population: StoredPopulation) -> None:
