@@ -53,6 +53,7 @@ def s3_options(environ: Mapping[str, str]) -> dict[str, str]:
         "aws_web_identity_token_file": environ.get("AWS_WEB_IDENTITY_TOKEN_FILE", ""),
         "aws_role_arn": environ.get("AWS_ROLE_ARN", ""),
         "aws_role_session_name": environ.get("AWS_ROLE_SESSION_NAME", ""),
+        "aws_endpoint_url_sts": environ.get("AWS_ENDPOINT_URL_STS", ""),
         "aws_container_credentials_relative_uri": environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ""),
         "aws_container_credentials_full_uri": environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI", ""),
         "aws_container_authorization_token_file": environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", ""),

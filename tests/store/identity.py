@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-Answer = Callable[[str, dict[str, str]], dict[str, Any] | None]
-"""Path and form of a request → JSON, None: refused."""
+Answer = Callable[[str, dict[str, str]], dict[str, Any] | str | None]
+"""Path and form of a request → JSON, or a text as it is; None: refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,9 @@ def answering(answer: Answer, certificate: Certificate | None = None) -> Iterato
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-            found = answer(self.path, {name: values[0] for name, values in parse_qs(body).items()})
-            data = json.dumps(found).encode()
+            path, _, query = self.path.partition("?")
+            found = answer(path, {name: values[0] for name, values in parse_qs(f"{query}&{body}").items()})
+            data = (found if isinstance(found, str) else json.dumps(found)).encode()
             self.send_response(400 if found is None else 200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

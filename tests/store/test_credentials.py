@@ -123,6 +123,54 @@ def test_credentials_rotate_in_the_middle_of_a_run(server: S3Server, agent: Path
         Objects.open(f"s3://{BUCKET}/rotation", keys).get("m")
 
 
+def test_credentials_of_a_web_identity_rotate(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an AWS role for a service account: the pod's token is changed for keys that expire."""
+    expires = datetime.now(UTC) + timedelta(seconds=LIFETIME)
+    roles = [("old", expires)]
+    (tmp_path / "token").write_text("of the service account")
+
+    def sts(path: str, form: dict[str, str]) -> str | None:
+        if (form["Action"], form["WebIdentityToken"], form["RoleArn"]) != (
+            "AssumeRoleWithWebIdentity", "of the service account", "arn:aws:iam::123456789012:role/alleles",
+        ):  # fmt: skip
+            return None
+        user, until = roles[-1]
+        found = {
+            "AccessKeyId": user,
+            "SecretAccessKey": f"secret of {user}",
+            "SessionToken": "",
+            "Expiration": until.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        fields = "".join(f"<{name}>{value}</{name}>" for name, value in found.items())
+        answer = "AssumeRoleWithWebIdentity"
+        return (
+            f"<{answer}Response><{answer}Result><Credentials>{fields}</Credentials></{answer}Result></{answer}Response>"
+        )
+
+    def rotate() -> None:
+        roles.append(("new", datetime.now(UTC) + timedelta(hours=1)))
+        wait_until(expires)
+        administer(server, "delete-user", "--access", "old")
+
+    certificate = Certificate.make(tmp_path)
+    with answering(sts, certificate) as address:
+        environ = {
+            "AWS_ENDPOINT_URL": server.environ["AWS_ENDPOINT_URL"],
+            "AWS_ENDPOINT_URL_STS": f"https://{address}",
+            "AWS_REGION": "us-east-1",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+            "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/alleles",
+            "AWS_ROLE_SESSION_NAME": "pod",
+        }
+        enter(environ, monkeypatch)
+        for name in ("SSL_CERT_FILE", "AWS_CA_BUNDLE"):  # the second is boto3's
+            monkeypatch.setenv(name, str(certificate.cert))
+        rotate_in_the_middle_of_a_run(f"s3://{BUCKET}/rotation", rotate)
+        assert probe(f"s3://{BUCKET}/rotation").reachable
+
+
 def test_tokens_of_a_google_workload_identity_rotate(gs_server: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The metadata server's; the store takes the old one no more."""
     first = datetime.now(UTC) + timedelta(seconds=LIFETIME)
