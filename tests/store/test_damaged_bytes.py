@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -132,3 +134,13 @@ def test_provenance_is_addressed_by_its_content(store: PopulationStore, damage: 
         store.read_provenance(sha)
     with pytest.raises(ObjectNotFound):
         store.read_provenance("0" * 64)
+
+
+def test_provenance_of_a_later_version_is_read(store: PopulationStore) -> None:
+    known = provenance()
+    later = known.model_dump(mode="json")
+    later |= {"energy": 1.5, "probes": [{**p, "weight": 2} for p in later["probes"]]}
+    data = json.dumps(later).encode()
+    sha = hashlib.sha256(data).hexdigest()
+    store.objects.put(f"provenance/{sha}.json", data)
+    assert store.read_provenance(sha) == known

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from allele.store import OwnershipError, PopulationRecord, PopulationStore
+from allele.store.population import RECORD
 
 pytestmark = pytest.mark.everywhere
 
@@ -16,6 +19,15 @@ def test_claiming_is_repeatable_and_recorded(store: PopulationStore) -> None:
     store.claim(MINE)
     store.claim(MINE)
     assert store.record() == MINE
+
+
+def test_what_a_later_version_wrote_into_the_record_stays(store: PopulationStore) -> None:
+    later = {**MINE.model_dump(), "quota": {"bytes": 1}}
+    store.objects.put(RECORD, json.dumps(later).encode())
+    store.claim(MINE.model_copy(update={"shapes": {"h": "another"}}))
+    found = json.loads(store.objects.get(RECORD))
+    assert found["quota"] == {"bytes": 1}
+    assert found["shapes"] == {"g": "shape", "h": "another"}
 
 
 def test_another_population_is_refused_unless_it_adopts(store: PopulationStore) -> None:
