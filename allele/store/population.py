@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from ulid import ULID
 
 from allele.protocol.adapters import MEMBER_NAME, POPULATION_NAME
@@ -43,6 +43,8 @@ RESERVED = ("bases", "factors")
 
 class PopulationRecord(Wire):
     """Who owns a folder; `shapes` is group → digest of its AdapterShape. Fields of later versions stay as found."""
+
+    model_config = ConfigDict(extra="allow")
 
     uid: str
     base_digest: str
@@ -90,7 +92,7 @@ class PopulationStore:
         """The owner's record and its version, for `Objects.replace`."""
         try:
             data, version = self.objects.get_version(RECORD)
-            return PopulationRecord.model_validate_json(data, extra="allow"), version
+            return PopulationRecord.model_validate_json(data), version
         except ObjectNotFound:
             return None
         except ValidationError as e:
