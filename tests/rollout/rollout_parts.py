@@ -84,10 +84,12 @@ def _reference_model() -> Any:
 class StoredPopulation:
     """Writes what a driver would."""
 
-    def __init__(self, url: str, *, namespace: str, name: str, base_digest: str = BASE_DIGEST) -> None:
+    def __init__(
+        self, url: str, *, namespace: str, name: str, base_digest: str = BASE_DIGEST, uid: str = "uid-1"
+    ) -> None:
         self.namespace, self.name = namespace, name
         self.store = PopulationStore.open(url, namespace=namespace, population=name)
-        record = PopulationRecord(uid="uid-1", base_digest=base_digest, shapes={"main": SHAPE.digest})
+        record = PopulationRecord(uid=uid, base_digest=base_digest, shapes={"main": SHAPE.digest})
         self.store.claim(record)
         self._writer = self.store.catalogue.start("run-1")
         self._step = 0

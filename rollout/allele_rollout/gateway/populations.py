@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -31,15 +32,19 @@ _log = logging.getLogger(__name__)
 _VERSION_WAIT = 15.0
 """Seconds to wait for a catalogue version that a request demands; the log is consistent, so it is there at once or
 never."""
+OWNER_EVERY = 10
+"""Rounds of tailing between looks at whose folder a population's is."""
+
 T = TypeVar("T")
 
 
 class Population:
     """One population, as far as its catalogue has been read."""
 
-    def __init__(self, store: PopulationStore, index: Index, *, base_name: str) -> None:
+    def __init__(self, store: PopulationStore, index: Index, *, uid: str, base_name: str) -> None:
         self._store = store
         self._index = index
+        self._uid = uid
         self._base_name = base_name
         self._provenance: dict[str, Provenance] = {}
         self._tail = asyncio.Lock()
@@ -52,6 +57,12 @@ class Population:
         async with self._tail:
             self._index.apply(await from_store(asyncio.to_thread(self._index.fetch)))
             await asyncio.to_thread(self._index.fold)
+
+    async def stands(self) -> bool:
+        """Whether the folder still is this population's. Its name may be another's since: a catalogue that was erased
+        and begun again has no news for a reader of the first one."""
+        record = await from_store(asyncio.to_thread(self._store.record))
+        return record is not None and record.uid == self._uid and not record.erasing
 
     async def seen(self, version: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Return once the catalogue has been read up to `version`. Raises Unavailable when it is not there."""
@@ -191,11 +202,14 @@ class Populations:
 
     async def tail(self, *, interval: float, on_failure: Callable[[], None]) -> None:
         """Background task: follow the Delta logs of the populations that are open."""
-        while True:
+        for turn in itertools.count(1):
             await asyncio.sleep(interval)
             for key, population in self.opened().items():
                 try:
                     await population.refresh()
+                    if turn % OWNER_EVERY == 0 and not await population.stands():
+                        _log.warning("Population %s/%s was erased or has another owner: opened again when asked", *key)
+                        self._open.pop(key, None)
                 except ProtocolError as e:
                     on_failure()
                     _log.warning("Catalogue of %s/%s not read, trying again: %s", *key, e)
@@ -210,7 +224,7 @@ class Populations:
                 f"{namespace}/{name}: base digest: expected {self._base_digest}, as this engine holds, "
                 f"found {record.base_digest}"
             )
-        population = Population(store, Index(store.catalogue, history=False), base_name=self._base_name)
+        population = Population(store, Index(store.catalogue, history=False), uid=record.uid, base_name=self._base_name)
         await population.refresh()
         return population
 
