@@ -79,7 +79,8 @@ class S3Client:
 
 def _boto(environ: Mapping[str, str]) -> Any:
     """Keys are given explicitly so that `environ` decides; without them boto3 looks for a workload identity itself."""
-    return boto3.client(
+    # A session of its own: the default one keeps the credentials that it found first.
+    return boto3.Session().client(
         "s3",
         endpoint_url=environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or None,
         aws_access_key_id=environ.get("AWS_ACCESS_KEY_ID") or None,
