@@ -43,7 +43,7 @@ test: images ## All tests but gpu: unit, integration, end to end
 	$(PY) -m pytest
 
 .PHONY: test-fast
-test-fast: env ## Tests of the inner loop, under a minute
+test-fast: env ## Tests of the inner loop, a minute and a half
 	$(PY) -m pytest -m "not cluster and not engine and not slow and not gpu"
 
 .PHONY: test-gpu
