@@ -99,7 +99,7 @@ class Provenance(Wire):
     base: BaseRef
     tokenizer_digest: str
     chat_template_digest: str = ""
-    """Of the template in the base's folder, as `allele_driver.tokenizer.chat_template` finds it; empty without one."""
+    """Of chat_template.jinja in the base's folder, or of the one in tokenizer_config.json; empty without one."""
     shapes: dict[str, ShapeRef]
     """By group."""
     environment: str

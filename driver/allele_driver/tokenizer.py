@@ -30,7 +30,7 @@ class HfTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def chat_template(jinja: bytes | None, tokenizer_config: bytes | None) -> str:
+def chat_template_digest(jinja: bytes | None, tokenizer_config: bytes | None) -> str:
     """Digest of chat_template.jinja, or else of `chat_template` in tokenizer_config.json (a list of named ones as
     canonical JSON); empty when the base has none."""
     found: Any = jinja

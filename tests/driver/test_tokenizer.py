@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from allele_driver.tokenizer import chat_template, stop_tokens
+from allele_driver.tokenizer import chat_template_digest, stop_tokens
 
 TEMPLATE = "{{ messages[0]['content'] }} é"
 NAMED = [{"template": "b", "name": "tool_use"}, {"name": "default", "template": "a"}]
@@ -35,7 +35,7 @@ def digest(text: str) -> str:
 def test_the_chat_template_has_one_digest_wherever_it_lies(
     jinja: bytes | None, config: dict[str, object] | None, expected: str
 ) -> None:
-    assert chat_template(jinja, None if config is None else json.dumps(config).encode()) == expected
+    assert chat_template_digest(jinja, None if config is None else json.dumps(config).encode()) == expected
 
 
 def test_completions_end_where_the_generation_config_says() -> None:

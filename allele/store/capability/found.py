@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
+
+from pydantic import BaseModel
 
 from allele.protocol.wire import Wire
 
@@ -29,22 +30,6 @@ class Latency(Wire):
         return f"{self.put:.3g}/{self.get:.3g}/{self.conditional_put:.3g} ms"
 
 
-class Capabilities(Wire):
-    """Result of a probe; the words of `reason` become the reason of the store's Reachable condition."""
-
-    reachable: bool
-    reason: Reason
-    message: str
-    create_only: bool = False
-    if_match: bool = False
-    ranged_read: bool = False
-    list: bool = False
-    """Lists what is there, and what comes after a name."""
-    checksums: bool = False
-    """Refuses bytes that are not those of the checksum sent with them. Nothing relies on it."""
-    latency: Latency | None = None
-
-
 class Failed(Exception):
     """Why the store will not do."""
 
@@ -53,15 +38,16 @@ class Failed(Exception):
         self.reason: Reason = reason
 
 
-@dataclasses.dataclass
-class Found:
+class Found(BaseModel):
     """What is known so far."""
 
     create_only: bool = False
     if_match: bool = False
     ranged_read: bool = False
     list: bool = False
+    """Lists what is there, and what comes after a name."""
     checksums: bool = False
+    """Refuses bytes that are not those of the checksum sent with them. Nothing relies on it."""
     latency: Latency | None = None
 
     def require(self) -> None:
@@ -80,4 +66,14 @@ class Found:
             )
 
     def result(self, *, reachable: bool, reason: Reason, message: str) -> Capabilities:
-        return Capabilities(reachable=reachable, reason=reason, message=message, **vars(self))
+        return Capabilities(reachable=reachable, reason=reason, message=message, **dict(self))
+
+
+class Capabilities(Found):
+    """Result of a probe; the words of `reason` become the reason of the store's Reachable condition."""
+
+    model_config = Wire.model_config
+
+    reachable: bool
+    reason: Reason
+    message: str

@@ -23,7 +23,7 @@ from allele_driver.environments.scoring import Scorer
 from allele_driver.loop.rollout import ActivePart
 from allele_driver.members import InvalidInput, Part, adapter_of, members_of
 from allele_driver.recipes import recipes
-from allele_driver.tokenizer import HfTokenizer, chat_template, stop_tokens
+from allele_driver.tokenizer import HfTokenizer, chat_template_digest, stop_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_base(uri: str) -> Base:
     return Base(
         HfTokenizer(tokenizer, stop_tokens(generation, config)),
         json.loads(config),
-        chat_template(_optional(folder, "chat_template.jinja"), _optional(folder, "tokenizer_config.json")),
+        chat_template_digest(_optional(folder, "chat_template.jinja"), _optional(folder, "tokenizer_config.json")),
         Residual.model_validate_json(residual) if residual is not None else None,
     )
 
