@@ -28,7 +28,7 @@ AT_ONCE = 4
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.store.soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=10_000)
-    parser.add_argument("--minutes", type=float, default=240.0, help="stop then, however many there were (default: 240)")
+    parser.add_argument("--minutes", type=float, default=240.0, help="stop then at the latest (default: 240)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
