@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -67,6 +67,18 @@ class EngineClient:
     async def adapters(self) -> list[str]:
         """Names loaded now."""
         return [m["id"] for m in (await self._call("GET", "/v1/models"))["data"] if m.get("parent")]
+
+    async def bulk(self) -> str:
+        """Why adapters cannot be published in bulk; empty when they can."""
+        try:
+            await self.upsert([], [])
+        except EngineRefused as e:
+            return str(e)
+        return ""
+
+    async def upsert(self, files: Sequence[JSON], remove: Sequence[str]) -> None:
+        """The plugin's call: all of it or EngineRefused; returns when what was removed has left the engine."""
+        await self._call("POST", "/allele/upsert", {"files": list(files), "remove": list(remove)})
 
     async def load(self, name: str, folder: str) -> None:
         await self._call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": folder})

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from allele.protocol.adapters import parse_model
-from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound, Unavailable
+from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound, ProtocolError, Unavailable
+from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.client import EngineGone, refusal
 from allele_rollout.gateway.openai import engine_body, error_body, model_page, parse_body
 from allele_rollout.gateway.parts import Gateway
-from allele_rollout.gateway.residency import Adapter
 
 _PAGE = 1000
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def tenant_app(gateway: Gateway) -> web.Application:
 
     async def complete(request: web.Request) -> web.StreamResponse:
         body = parse_body(await request.read())
-        async with gateway.tenant_queue.place():
+        async with gateway.tenants.place():
             gateway.watch.require()
             return await _complete(gateway, request, body)
 
@@ -46,34 +46,41 @@ def tenant_app(gateway: Gateway) -> web.Application:
 
 async def _complete(gateway: Gateway, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
     for attempt in (1, 2):
-        async with _resolved(gateway, body["model"]) as name:
-            upstream = await _forward(gateway, request.path, engine_body(body, name))
-            try:
-                if upstream.status == 200:
-                    return await _relay(request, upstream)
-                reason = refusal(await upstream.read())
-            finally:
-                upstream.close()
-        if attempt == 1 and name is not None and "never been loaded" in reason:
-            gateway.residency.forget()  # the engine restarted and answers already
-            continue
-        if upstream.status in (429, 503):
-            raise Unavailable(f"engine: {reason}", retry_after=2.0)
-        raise InvalidRequest(f"engine: {reason}")
+        try:
+            async with _turn(gateway, body) as name:
+                upstream = await gateway.engine.forward(request.path, engine_body(body, name))
+                try:
+                    if upstream.status == 200:
+                        return await _relay(request, upstream, stream=bool(body.get("stream")))
+                    reason = refusal(await upstream.read())
+                finally:
+                    upstream.close()
+        except EngineGone:
+            gateway.watch.suspect()
+            if attempt == 2:
+                raise
+        else:
+            if attempt == 2 or name is None or "never been loaded" not in reason:
+                raise _refused(upstream.status, reason)
+        # The engine died, or started again behind our back, and the client has seen nothing of an answer.
+        await gateway.watch.again()
     raise AssertionError("the second attempt returns or raises")
 
 
-async def _forward(gateway: Gateway, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
-    try:
-        return await gateway.engine.forward(path, body)
-    except EngineGone:
-        gateway.watch.suspect()
-        raise
+def _refused(status: int, reason: str) -> ProtocolError:
+    if status in (429, 503):
+        return Unavailable(f"engine: {reason}", retry_after=2.0)
+    return InvalidRequest(f"engine: {reason}")
 
 
-async def _relay(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    """The engine's answer as it comes; a stream is passed on chunk by chunk."""
+async def _relay(request: web.Request, upstream: aiohttp.ClientResponse, *, stream: bool) -> web.StreamResponse:
+    """The engine's answer: a stream as it comes, anything else when it is whole."""
     kind = upstream.headers["Content-Type"]
+    if not stream:
+        try:
+            return web.Response(body=await upstream.read(), headers={"Content-Type": kind})
+        except aiohttp.ClientError as e:
+            raise EngineGone(f"engine: gone in the middle of an answer: {e}") from e
     response = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-cache"})
     await response.prepare(request)
     try:
@@ -83,27 +90,37 @@ async def _relay(request: web.Request, upstream: aiohttp.ClientResponse) -> web.
         # Too late for a status: breaking the connection is how the client learns that the answer is not whole.
         if request.transport is not None:
             request.transport.abort()
-        raise EngineGone(f"engine: gone in the middle of an answer: {e}") from e
+        raise Unavailable(f"engine: gone in the middle of an answer: {e}") from e
     await response.write_eof()
     return response
 
 
 @asynccontextmanager
-async def _resolved(gateway: Gateway, model: str) -> AsyncIterator[str | None]:
-    """The engine's name of a model, loaded and pinned inside the block; None is the base."""
+async def _turn(gateway: Gateway, body: dict[str, Any]) -> AsyncIterator[str | None]:
+    """The engine's name of the model, loaded, and its turn, inside the block; None is the base."""
+    model, cost = body["model"], _sequences(body)
     if model == gateway.settings.base_name:
-        yield None
+        async with gateway.dispatcher.turn(None, cost=cost):
+            yield None
         return
     adapters = await _meant(gateway, model)
     for adapter in adapters:
-        async with gateway.residency.hold([adapter]) as held:
-            if adapter in held.names:
-                yield held.names[adapter]
-                return
-        error = held.failed[adapter]
-        if adapter is adapters[-1] or not isinstance(error, DigestMismatch):
-            raise error
-        _log.error("Serving the revision before: %s", error)
+        async with AsyncExitStack() as stack:
+            try:
+                name = await stack.enter_async_context(gateway.dispatcher.turn(adapter, cost=cost))
+            except DigestMismatch as e:
+                if adapter is adapters[-1]:
+                    raise
+                _log.error("Serving the revision before: %s", e)
+                continue
+            yield name
+            return
+
+
+def _sequences(body: dict[str, Any]) -> int:
+    """Sequences that the request runs at once."""
+    n = body.get("n")
+    return n if isinstance(n, int) and n > 1 else 1
 
 
 async def _meant(gateway: Gateway, model: str) -> list[Adapter]:
