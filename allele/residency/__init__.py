@@ -1,5 +1,5 @@
 """Which adapters are where: policies of the hot, warm and cold tiers. Pure: decisions in, decisions out."""
 
-from allele.residency.slots import Slots, TierFull
+from allele.residency.tier import Tier, TierFull
 
-__all__ = ["Slots", "TierFull"]
+__all__ = ["Tier", "TierFull"]

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
-from allele.residency import Slots
+from allele.residency import Tier
 from allele_rollout.gateway.client import EngineRefused
 from allele_rollout.gateway.warm import FolderCache, Packed
 
@@ -65,7 +65,7 @@ class Residency:
         self._cache = cache
         self._capacity = capacity
         self._event = on_event
-        self._slots: Slots[str] = Slots(places=capacity)
+        self._slots: Tier[str] = Tier(places=capacity)
         self._flights: dict[str, asyncio.Future[None]] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._sizes: dict[str, int] = {}
@@ -79,7 +79,7 @@ class Residency:
 
     def forget(self) -> None:
         """The engine restarted: nothing is loaded. Holds of before end without effect."""
-        self._slots = Slots(places=self._capacity)
+        self._slots = Tier(places=self._capacity)
         self._flights = {}
         self._sizes = {}
 
@@ -120,7 +120,7 @@ class Residency:
             _log.warning("Unload of %s: %s", name, error)
 
     async def _release(
-        self, wanted: dict[str, Adapter], *, slots: Slots[str], flights: dict[str, asyncio.Future[None]]
+        self, wanted: dict[str, Adapter], *, slots: Tier[str], flights: dict[str, asyncio.Future[None]]
     ) -> None:
         async with self._freed:
             for name in wanted:

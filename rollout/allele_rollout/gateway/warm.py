@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from allele.protocol.errors import DigestMismatch, Overloaded
-from allele.residency import Slots, TierFull
+from allele.residency import Tier, TierFull
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -45,7 +45,7 @@ class FolderCache:
 
     def __init__(self, root: Path, *, capacity: int) -> None:
         self._root = root
-        self._slots: Slots[str] = Slots(capacity=capacity)
+        self._slots: Tier[str] = Tier(capacity=capacity)
         self._flights: dict[str, asyncio.Task[Path]] = {}
         root.mkdir(parents=True, exist_ok=True)
         found = []
