@@ -202,8 +202,9 @@ def test_frequencies_fade() -> None:
 def test_the_same_requests_leave_the_same_tier_in_every_process() -> None:
     """Text hashes differ by process; a tier's decisions must not."""
     code = (
-        "import random; from allele.residency import Tier; t = Tier(places=8); r = random.Random(1);"
-        "[t.admit(str(int(r.paretovariate(0.3)))) for _ in range(20000)]; print(t.names())"
+        "import random; from allele.residency import Tier; from allele.residency.frequency import key;"
+        "tier = Tier(places=8); rng = random.Random(1);"
+        "[tier.admit(str(int(rng.paretovariate(0.3)))) for _ in range(20000)]; print(tier.names(), key('a'))"
     )
     seen = {
         subprocess.run(
