@@ -1,5 +1,6 @@
-"""Which adapters are where: policies of the hot, warm and cold tiers. Pure: decisions in, decisions out."""
+"""Which adapters are where, and which requests run: pure policies. Decisions in, decisions out."""
 
-from allele.residency.slots import Slots, TierFull
+from allele.residency.schedule import Schedule
+from allele.residency.tier import Tier, TierFull
 
-__all__ = ["Slots", "TierFull"]
+__all__ = ["Schedule", "Tier", "TierFull"]
