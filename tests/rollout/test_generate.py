@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from allele.format import export_peft
+from allele.residency.space import pages
 from tests.rollout.rollout_engine import EngineProcess
 from tests.rollout.rollout_parts import (
     ALPHA,
@@ -76,7 +77,7 @@ def test_an_exported_folder_loads_in_the_engine_without_a_gateway(engine: Engine
 def test_more_adapters_than_may_be_loaded_are_all_served_right(gateway: Start, population: StoredPopulation) -> None:
     adapters = {f"m{i}": random_adapter(100 + i) for i in range(11)}
     population.commit(adapters)
-    service = gateway(loaded=5)
+    service = gateway(host_bytes=5 * pages(SHAPE.packed_bytes))
     for _ in range(2):
         rows = [(f"m{i % 11}", 1, PROMPT) for i in range(22)]
         for sample, (member, _, _) in zip(service.generate(rows), rows, strict=True):

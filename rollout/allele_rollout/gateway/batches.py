@@ -16,11 +16,13 @@ class Batches(Generic[T]):
         self._work = work
         self._at_once = at_once
         self._waiting: dict[T, None] = {}
+        self._running = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, item: T) -> None:
         self._waiting[item] = None
-        if len(self._tasks) < self._at_once:
+        if self._running < self._at_once:
+            self._running += 1
             task = asyncio.ensure_future(self._run())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -30,3 +32,4 @@ class Batches(Generic[T]):
         while self._waiting:
             batch, self._waiting = list(self._waiting), {}
             await self._work(batch)
+        self._running -= 1  # here and not when the task is done: what is added in between would find nobody

@@ -80,36 +80,28 @@ class Dispatcher:
         Raises Overloaded after the deadline, and what loading the adapter raised.
         """
         begun = self._clock()
-        turn = Turn()
-        late = Overloaded(f"queue: no turn within {self._deadline:g} s", retry_after=5.0)
+        turn, mine = Turn(), False
         timeout = asyncio.timeout(self._deadline)
         held: AbstractAsyncContextManager[str | None] = nullcontext() if adapter is None else self._hold(adapter)
-        entered = False
+        member = None if adapter is None else _member(adapter)
         try:
-            async with timeout:
-                async with held as name:
-                    self._schedule.add(
-                        turn,
-                        adapter=name,
-                        member=None if adapter is None else _member(adapter),
-                        cost=cost,
-                        now=begun,
-                    )
-                    try:
-                        self._pump()
-                        await turn.come
-                        timeout.reschedule(None)
-                        entered = True
-                        self._on_wait(self._clock() - begun)
-                        yield name
-                    finally:
-                        if not self._schedule.drop(turn):
-                            self._schedule.done(turn)
-                        self._pump()
+            async with timeout, held as name:
+                self._schedule.add(turn, adapter=name, member=member, cost=cost, now=begun)
+                try:
+                    self._pump()
+                    await turn.come
+                    timeout.reschedule(None)
+                    mine = True
+                    self._on_wait(self._clock() - begun)
+                    yield name
+                finally:
+                    if not self._schedule.drop(turn):
+                        self._schedule.done(turn)
+                    self._pump()
         except TimeoutError as e:
-            if entered:
+            if mine:
                 raise
-            raise late from e
+            raise Overloaded(f"queue: no turn within {self._deadline:g} s", retry_after=5.0) from e
 
     def _pump(self) -> None:
         for turn in self._schedule.take(self._clock()):

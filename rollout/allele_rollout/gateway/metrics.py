@@ -38,9 +38,7 @@ class GatewayMetrics:
         self.read_bytes = Counter(
             "allele_gateway_read_bytes", "Bytes read, by the place that had them.", ["place"], registry=self.registry
         )
-        self.bulk = Gauge(
-            "allele_gateway_bulk", "1 while adapters are published in bulk.", registry=self.registry
-        )
+        self.bulk = Gauge("allele_gateway_bulk", "1 while adapters are published in bulk.", registry=self.registry)
         self.residency = Counter(
             "allele_gateway_residency_events",
             "Adapters loaded, evicted, or failing to load.",

@@ -25,8 +25,8 @@ from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele.store.provenance import Provenance
-from allele_rollout.gateway.exposure import candidates
 from allele_rollout.gateway.adapter import Adapter
+from allele_rollout.gateway.exposure import candidates
 
 _log = logging.getLogger(__name__)
 _VERSION_WAIT = 15.0

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from allele.protocol.errors import InvalidRequest, Overloaded, ProtocolError
+from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.residency import TierFull
 from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.batches import Batches
@@ -50,7 +50,9 @@ class Residency:
         self._arrived: dict[Adapter, bytes] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
+        self._freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done, and made anew, whenever something is let go."""
+        self._retries: set[asyncio.Task[None]] = set()
         self._fetches = Batches(self._fetch, at_once=_FETCHES)
         self._publications = Batches(self._publish)
         self._evictions = Batches(self._unload)
@@ -103,12 +105,11 @@ class Residency:
             raise InvalidRequest(f"{adapter.name}: expected at most {self._tier.capacity} bytes, found {size}")
         async with self._turn:
             while True:
-                self._freed.clear()
                 try:
                     evicted = self._tier.admit(name, size=size, pin=True)
                     break
                 except TierFull:
-                    await self._freed.wait()
+                    await asyncio.shield(self._freed)
             self._sizes[name] = adapter.weights.length
             for victim in evicted:
                 self._evict(victim)
@@ -118,7 +119,8 @@ class Residency:
         if not self._tier.pins(name):
             if name not in self._flights:  # its load failed, or it was lost with the engine
                 self._forget(name)
-            self._freed.set()
+            self._freed.set_result(None)
+            self._freed = asyncio.get_running_loop().create_future()
 
     def _forget(self, name: str) -> None:
         self._tier.remove(name)
@@ -170,11 +172,10 @@ class Residency:
     async def _publish(self, adapters: list[Adapter]) -> None:
         found: dict[Adapter, bytes] = {}
         for adapter in adapters:
-            data = self._arrived.pop(adapter)
             if await self._room(adapter):
-                found[adapter] = data
-            else:
-                self._settle(adapter, Overloaded("host tier: all that would have to go is in use", retry_after=1.0))
+                found[adapter] = self._arrived.pop(adapter)
+            else:  # the holes that are left are too small, and all else is in use
+                self._retry(adapter, self._freed)
         failed: dict[Adapter, ProtocolError] = await self.publisher.load(found) if found else {}
         for adapter in found:
             if adapter in failed:
@@ -192,6 +193,15 @@ class Residency:
             else:
                 return False
         return True
+
+    def _retry(self, adapter: Adapter, freed: asyncio.Future[None]) -> None:
+        async def again() -> None:
+            await asyncio.shield(freed)
+            self._publications.add(adapter)
+
+        task = asyncio.ensure_future(again())
+        self._retries.add(task)
+        task.add_done_callback(self._retries.discard)
 
     def _evict(self, name: str) -> None:
         """It has left the tier; take it out of the engine."""

@@ -54,8 +54,8 @@ class Source:
             for digest, data in (await self._peers.fetch(list(left))).items():
                 if digest not in left:
                     continue
-                if (found := await asyncio.to_thread(_sha256, data)) != digest:
-                    _log.error("Peer: expected bytes with sha256 %s, found %s: asking the store", digest, found)
+                if (other := await asyncio.to_thread(_sha256, data)) != digest:
+                    _log.error("Peer: expected bytes with sha256 %s, found %s: asking the store", digest, other)
                     continue
                 self._on_read("peer", len(data))
                 self._keep(digest, data)
@@ -63,9 +63,9 @@ class Source:
                     yield adapter, data
         stored = [some[0] for some in left.values()]
         for part in portions(stored, size=lambda a: a.weights.length, most=_PORTION):
-            async for adapter, data in self._stored(part):
+            async for adapter, found in self._stored(part):
                 for same in left[adapter.weights.digest]:
-                    yield same, data
+                    yield same, found
 
     def _on_disk(self, digests: Sequence[str]) -> dict[str, bytes]:
         found = {d: data for d in digests if (data := self._disk.get(d)) is not None}

@@ -3,7 +3,8 @@
     Starting ──answers──► attach: adapters in, strangers out ──► Ready ──no answer──► Failed ──answers──► …
 
 An engine that restarts has forgotten every adapter while its names still look loaded here, so each new boot is attached
-to: what was resident is put in again. An open port proves nothing: readiness is a generated token, or any answer of a forward pass of late.
+to: what was resident is put in again. An open port proves nothing:
+readiness is a generated token, or any answer of a forward pass of late.
 """
 
 from __future__ import annotations
@@ -67,11 +68,14 @@ class EngineWatch:
             self.state, self._problem, self.info = "Failed", "it lost its adapters", None
         self._wake.set()
         deadline = self._clock() + within
-        while self.state != "Ready" and self._clock() < deadline:
+        while not self._is_ready() and self._clock() < deadline:
             self._ready.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ready.wait(), self._interval)
         self.require()
+
+    def _is_ready(self) -> bool:
+        return self.state == "Ready"
 
     async def run(self) -> None:
         while True:

@@ -125,7 +125,7 @@ class Layout:
             self._views[slot] = tuple([held[b][box] for b, box in group] for group in (self._zeros, *groups))
         zeros, runs, gathers = self._views[slot]
         row = row.to(self._device, non_blocking=True)  # with an accelerator one transfer, then copies inside of it
-        base = row.storage_offset()
+        base = int(row.storage_offset())
         if zeros:
             torch._foreach_zero_(zeros)
         if runs:

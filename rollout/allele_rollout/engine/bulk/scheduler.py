@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _SHELF = "_allele_shelf"
 
 
-class AlleleRows(BaseReq, kw_only=True):
+class AlleleRows(BaseReq, kw_only=True):  # type: ignore[call-arg]  # msgspec's, which mypy does not see
     """Tokenizer manager to schedulers; answered by a LoRAUpdateOutput. All of `files` is taken, or none."""
 
     files: list[tuple[str, str, list[tuple[str, str, int]]]] = msgspec.field(default_factory=list)
