@@ -9,15 +9,16 @@ slots, each keeps its slot for a quantum of work and then gives it on.
                     └──── next round ◄─────┘
 
 Fairness is deficit round robin over members (Shreedhar and Varghese, 1995): in each round a member may start a quantum
-of cost, what it cannot use for want of size is kept, and a round ends when all who wait had their turn. A member that
-had its turn waits for the others, so that its adapters drain and their slots come free. Its revisions share one
+of cost, what was too little for its next job is kept, and a round ends when all who wait had their turn. A member that
+had its turn waits for the others, so that its adapters drain and their slots come free; who holds a slot when a round
+ends has its next turn at once, so a slot changes hands after one or two quanta. The revisions of a member share its
 account. Jobs of the bare base need no slot and have an account of their own, so they never wait for one.
 
 Two things bend that order. A job older than `patience` goes first, whatever its member has had. And while everybody
 whose turn it is waits for a slot, jobs of the base take the room that is left.
 
-What can go wrong: a quantum below the cost of a few jobs makes slots change hands all the time; one that is very large
-makes those without a slot wait until patience ends it.
+What can go wrong: a quantum of the cost of one job makes slots change hands all the time; one that is very large makes
+those without a slot wait until patience ends it. When everything is older than patience, age alone decides.
 """
 
 from __future__ import annotations
@@ -138,9 +139,8 @@ class Schedule(Generic[J]):
         """It ended, however. Raises ValueError when it does not run: the caller's books are wrong."""
         ended = self._running.pop(job, None)
         if ended is None:
-            raise ValueError(
-                f"done {job!r}: expected a running job, found {'a waiting' if job in self._waiting else 'no'} one"
-            )
+            found = "one that waits" if job in self._waiting else "no such job"
+            raise ValueError(f"done {job!r}: expected a running job, found {found}")
         self._cost -= ended.cost
         if ended.adapter is not None:
             self._active[ended.adapter] -= 1
@@ -166,16 +166,19 @@ class Schedule(Generic[J]):
             self._bring_forward(oldest)
             if self._has_slot(oldest.adapter):  # then it wants only room: nothing else may take that
                 return oldest if self._fits(oldest) else None
+            # One slot is enough. What runs least takes nothing more, so that least only falls, and a slot comes free.
+            return self._by_turn(closed=min(self._active, key=self._active.__getitem__))
         return self._by_turn()
 
-    def _by_turn(self) -> _Waiting[J] | None:
+    def _by_turn(self, *, closed: Hashable | None = None) -> _Waiting[J] | None:
+        """The next by round robin; not of the adapter that is `closed`."""
         while True:
             if not self._turn:
                 if not self._later:
                     return None
                 self._turn, self._later = self._later, self._turn
                 self._round += 1
-            able = self._turn if len(self._active) < self._slots else self._holders()
+            able = self._turn if len(self._active) < self._slots else self._holders(closed)
             account = next((a for a in able if self._fits(a.head())), None)
             if account is None:
                 return None if able else self._base_out_of_turn()
@@ -184,11 +187,11 @@ class Schedule(Generic[J]):
                 return head
             self._end_turn(account)
 
-    def _holders(self) -> list[_Account[J]]:
+    def _holders(self, closed: Hashable | None) -> list[_Account[J]]:
         """Who can go on although no slot is free, oldest job first: its adapter has one, or it needs none."""
         found = [
             account
-            for adapter in (None, *self._active)
+            for adapter in (None, *(a for a in self._active if a != closed))
             for account in self._wanted.get(adapter, ())
             if account in self._turn and account.head().adapter == adapter
         ]

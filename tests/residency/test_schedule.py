@@ -133,7 +133,7 @@ def test_bounds_and_books_hold_whatever_happens(
     assert not engine.schedule._accounts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     slots=st.integers(1, 5),
@@ -151,9 +151,9 @@ def test_members_that_always_wait_get_equal_shares(seed: int, slots: int, quantu
         engine.add(f"{member}@{rng.randrange(revisions[member])}", member, rng.randint(1, largest[member]))
 
     for member in revisions:
-        for _ in range(80):
+        for _ in range(30):
             add(member)
-    for _ in range(600):
+    for _ in range(300):
         for job in engine.take():
             add(job.member)
         shares = [engine.started[m] for m in revisions]
@@ -259,23 +259,60 @@ def test_a_job_older_than_patience_goes_before_the_round_robin(patience: float) 
     assert (started == 2) == (patience == 5.0)
 
 
-def test_slots_come_free_for_a_job_older_than_patience() -> None:
-    """Both slots are kept busy without end by members whose turn lasts; nothing but age ends that."""
-    engine = Engine(slots=2, running=100, quantum=10**6, patience=5.0)
-    late = None
-    for step in range(100):
+@pytest.mark.parametrize("cost", [1, 8])
+def test_slots_and_room_come_free_for_a_job_older_than_patience(cost: int) -> None:
+    """Both slots and all room are kept busy by members whose turn never ends; only age ends that."""
+    engine = Engine(slots=2 if cost == 1 else 3, running=8, quantum=10**6, patience=5.0)
+    late, begun = None, math.inf
+    for step in range(60):
         now = step / 4
-        for adapter in "ab":
-            while sum(j.adapter == adapter for j in engine.waiting) < 3:
+        for adapter in "ababab":
+            if sum(j.adapter == adapter for j in engine.waiting) < 3:
                 engine.add(adapter, adapter, now=now)
         if step == 4:
-            late = engine.add("c", "c", now=now)
+            late = engine.add("late", "late", cost, now=now)
         engine.take(now)
         if late in engine.running:
+            begun = now
             break
-        for adapter in "ab":
+        for adapter in sorted(engine.active):
             engine.done(next(j for j in engine.running if j.adapter == adapter))
-    assert late in engine.running
+    assert 1.0 + 5.0 < begun < 1.0 + 5.0 + 2.0
+
+
+def test_a_turn_that_age_brings_forward_is_had_whole_and_not_twice() -> None:
+    """The fifth of a grows too old in b's turn: a gets its slot, and with it its next turn, which it then skips."""
+    engine = Engine(slots=1, running=1, quantum=4, patience=5.5)
+    for name in "aaaaa":
+        engine.add(name, name, now=0.0)
+    for name in "ab" * 30:
+        engine.add(name, name, now=1.0)
+    order = ""
+    for started in range(16):
+        [job] = engine.take(1.0 if started < 5 else 6.0)
+        order += job.member
+        engine.done(job)
+    assert order == "aaaabaaaabbbbbbb"
+
+
+def test_who_comes_back_has_a_whole_turn() -> None:
+    """Its account was open all the time, for something of it ran, but it had nothing that waited."""
+    engine = Engine(slots=3, running=3, quantum=2)
+    engine.add("back", "back", 2)
+    for name in "ab" * 30:
+        engine.add(name, name)
+    [long, other] = engine.take()
+    for _ in range(20):
+        engine.done(other)
+        [other] = engine.take()
+    engine.add("back", "back")
+    order = ""
+    for _ in range(5):
+        engine.done(other)
+        [other] = engine.take()
+        order += other.adapter or ""
+    assert long in engine.running
+    assert "back" in order
 
 
 @settings(max_examples=25, deadline=None)
