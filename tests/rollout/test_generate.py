@@ -117,4 +117,4 @@ def test_a_population_of_another_base_is_refused(gateway: Start, tmp_path: Path)
     other = StoredPopulation(f"file://{tmp_path}/store", namespace="team", name="foreign", base_digest="sha256:other")
     other.commit({"a": random_adapter(1)}, expose=True)
     answer = gateway().complete("foreign/a")
-    assert answer.status == 422 and "expected sha256:bbb" in answer.json["error"]["message"]
+    assert answer.status == 400 and "expected sha256:bbb" in answer.json["error"]["message"]

@@ -116,6 +116,14 @@ class EngineClient:
             raise EngineGone(f"engine: no answer from {self._url}: {type(e).__name__} {e}", retry_after=2.0) from e
 
 
+async def read_whole(response: aiohttp.ClientResponse) -> bytes:
+    """Raises EngineGone when the connection breaks."""
+    try:
+        return await response.read()
+    except aiohttp.ClientError as e:
+        raise EngineGone(f"engine: gone in the middle of an answer: {e}", retry_after=2.0) from e
+
+
 def refusal(data: bytes) -> str:
     """The engine's reason, out of the shapes in which it gives one; lists of all adapters are cut off."""
     try:

@@ -191,6 +191,6 @@ class Gateway:
 def _answer(error: ProtocolError, error_body: ErrorBody) -> web.Response:
     # Classes of a gateway's own travel under the name of the protocol's class, which clients know.
     known = next(c for c in type(error).__mro__ if c.__module__ == ProtocolError.__module__)
-    named = known(str(error), retry_after=error.retry_after)
+    named = known(str(error), retry_after=error.retry_after, param=error.param)
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
     return web.json_response(error_body(named), status=error.status, headers=headers)
