@@ -89,4 +89,4 @@ def test_a_request_outlives_the_engine_that_it_was_sent_to(
     assert answers[0].json["choices"] == truth["choices"]
     after = service.generate(rows, temperature=0.0)
     for a, b in zip(after, before, strict=True):
-        assert a.completion == b.completion and a.logprobs == pytest.approx(b.logprobs, abs=1e-6)
+        assert a.completion == b.completion and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
