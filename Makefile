@@ -54,6 +54,10 @@ test-gpu: env ## Tests of what only a GPU runs
 soak-store: env ## Ten thousand random kills of the store's writers (ARGS="--minutes 10 --seed 1"; hours)
 	$(PY) -W ignore -m tests.store.soak $(ARGS)
 
+.PHONY: soak-rollout
+soak-rollout: env ## An hour of faults while 256 adapters change over four slots (ARGS="--minutes 10 --seed 1")
+	$(PY) -W ignore -m tests.rollout.soak $(ARGS)
+
 .PHONY: bench-trainer
 bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on a GPU; ARGS="--help" tells; 15 minutes)
 	$(PY) -W ignore -m bench.trainer$(if $(filter cuda,$(DEVICE)),.device) $(ARGS)
@@ -61,6 +65,10 @@ bench-trainer: env ## One step of N adapters against other ways (DEVICE=cuda: on
 .PHONY: bench-store
 bench-store: cluster ## The store against an object per adapter, in S3 and in etcd (ARGS="--help" tells)
 	$(PY) -W ignore -m bench.store $(ARGS)
+
+.PHONY: bench-rollout
+bench-rollout: env ## Publishing, scheduling and residency against the bare engine (DEVICE=cuda; ARGS="--help" tells)
+	$(PY) -W ignore -m bench.rollout $(ARGS)
 
 .PHONY: lint
 lint: env ## ruff, mypy, import-linter, generated files

@@ -61,7 +61,9 @@ def random_adapter(seed: int) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def gateway(url: str, *, slots: int, capacity: int, quantum: int = 16) -> AsyncIterator[tuple[EngineClient, Residency, Dispatcher]]:
+async def gateway(
+    url: str, *, slots: int, capacity: int, quantum: int = 16
+) -> AsyncIterator[tuple[EngineClient, Residency, Dispatcher]]:
     """A gateway's way from bytes to the engine, without its ports; `capacity`: bytes of the host tier."""
     client = EngineClient(url, timeout=600)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +102,10 @@ class BareEngine:
         await asyncio.shield(flight)
         return f"m{i}"
 
+    @property
+    def loaded(self) -> frozenset[int]:
+        return frozenset(self._loads)
+
     async def unload(self, i: int) -> None:
         del self._loads[i]
         await self.client.unload(f"m{i}")
@@ -110,7 +116,9 @@ class BareEngine:
         await self.client.load(f"m{i}", str(self._folder / str(i)))
 
 
-async def first_token(session: aiohttp.ClientSession, url: str, name: str | None, *, tokens: int) -> tuple[float, float]:
+async def first_token(
+    session: aiohttp.ClientSession, url: str, name: str | None, *, tokens: int
+) -> tuple[float, float]:
     """Monotonic times of the first and the last token of a streamed answer."""
     body = {
         "input_ids": list(PROMPT),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import http.client
 import random
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -151,6 +153,9 @@ class Churn:
                     self._generate(dice)
                 else:
                     self._complete(dice.choice(self.members))
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError):
+                self.outcomes["no answer"] += 1
+                time.sleep(0.2)
             except Exception as e:
                 self.wrong.append(f"{type(e).__name__}: {e}")
                 raise

@@ -60,6 +60,11 @@ class EngineProcess:
                 time.sleep(0.5)
         pytest.fail(f"the engine did not answer within {seconds} s:\n{self._log.read_text()[-3000:]}")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -61,6 +61,7 @@ def test_every_answer_is_right_while_revisions_change_and_without_the_store(
     churn.stop()
     wrong = churn.check()
     assert not wrong, f"{len(wrong)} of {churn.answers}: {wrong[:5]}"
+    assert not churn.outcomes["no answer"], churn.outcomes
     counted = events(service)
     assert counted['residency_events_total{event="evicted"}'] > HOST, "nothing was unloaded under fire"
     assert counted['reads_total{place="store"}'] > MEMBERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import random
@@ -228,6 +229,20 @@ async def test_a_failed_load_fails_alone_and_may_be_tried_again(way: Way, tmp_pa
     rules.refused = set()
     await use(rules, tier, shelf[2])
     await asyncio.gather(*(use(rules, tier, shelf[i]) for i in range(10, 14)))
+
+
+async def test_a_new_revision_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    rules = Rules()
+    shelf, tier = Shelf(rules), residency(rules, tmp_path, way="Bulk", places=3)
+    for _ in range(5):
+        await use(rules, tier, shelf[0])
+        await use(rules, tier, shelf[1])
+    await use(rules, tier, shelf[2])
+    new = dataclasses.replace(shelf[3], name=dataclasses.replace(shelf[0].name, revision=2))
+    rules.truth[new.engine_name] = rules.truth[shelf[3].engine_name]
+    await use(rules, tier, new)
+    await use(rules, tier, shelf[4])
+    assert {name.split("#")[0] for name in rules.loaded} == {"team/styles/m1@1", "team/styles/m0@2", "team/styles/m4@1"}
 
 
 async def test_what_can_never_fit_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ that come together go out together.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.residency import TierFull
 from allele_rollout.gateway.adapter import Adapter
@@ -43,7 +45,10 @@ class Residency:
         self._slots = slots
         self._event = on_event
         self._tier = publisher.tier()
-        self._sizes: dict[str, int] = {}
+        self._resident: dict[str, Adapter] = {}
+        """By the engine's name: what is in the tier."""
+        self._newest: dict[AdapterName, Adapter] = {}
+        """Newest revision in the tier of each member."""
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._flights: dict[str, asyncio.Future[None]] = {}
         """Of what is being loaded, or is loaded."""
@@ -64,11 +69,11 @@ class Residency:
 
     def sizes(self) -> list[int]:
         """Bytes of each adapter that is loaded or being loaded."""
-        return [self._sizes[name] for name in self._tier.names()]
+        return [a.weights.length for a in self._resident.values()]
 
     def hot(self) -> list[int]:
         """Bytes of those used last, one for each slot: what the engine, which does not tell, has in its slots."""
-        return [self._sizes[name] for name in self._recent if name in self._sizes]
+        return [self._resident[name].weights.length for name in self._recent if name in self._resident]
 
     async def restore(self) -> None:
         """The engine started again: put in what it held. What is lost is loaded when it is next asked for."""
@@ -110,9 +115,19 @@ class Residency:
                     break
                 except TierFull:
                     await asyncio.shield(self._freed)
-            self._sizes[name] = adapter.weights.length
+            self._resident[name] = adapter
+            self._supersede(adapter)
             for victim in evicted:
                 self._evict(victim)
+
+    def _supersede(self, adapter: Adapter) -> None:
+        """A new revision takes over its member's uses; the one before is the first to go."""
+        member = dataclasses.replace(adapter.name, revision=None)
+        before = self._newest.get(member)
+        if before is None or (before.name.revision or 0) < (adapter.name.revision or 0):
+            self._newest[member] = adapter
+            if before is not None:
+                self._tier.supersede(before.engine_name, adapter.engine_name)
 
     def _unpin(self, name: str) -> None:
         self._tier.unpin(name)
@@ -124,7 +139,15 @@ class Residency:
 
     def _forget(self, name: str) -> None:
         self._tier.remove(name)
-        self._sizes.pop(name, None)
+        self._left(name)
+
+    def _left(self, name: str) -> None:
+        """It is no longer in the tier."""
+        adapter = self._resident.pop(name)
+        member = dataclasses.replace(adapter.name, revision=None)
+        if self._newest.get(member) == adapter:
+            del self._newest[member]
+        self._recent.pop(name, None)
 
     def _used(self, name: str) -> None:
         self._recent[name] = None
@@ -205,8 +228,7 @@ class Residency:
 
     def _evict(self, name: str) -> None:
         """It has left the tier; take it out of the engine."""
-        self._sizes.pop(name, None)
-        self._recent.pop(name, None)
+        self._left(name)
         if self._flights.pop(name, None) is not None:
             self._leaving[name] = asyncio.get_running_loop().create_future()
             self._evictions.add(name)
