@@ -22,13 +22,17 @@ class ErrorReply(BaseModel):
 
 
 class ProtocolError(Exception):
-    """Base of the typed errors: `status` is the HTTP status, the class name is the code on the wire."""
+    """Base of the typed errors: `status` is the HTTP status, the class name is the code on the wire.
+
+    `param` is the field of a tenant's request that is wrong; only the OpenAI form of an error carries it.
+    """
 
     status: ClassVar[int] = 500
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.param = param
 
     def reply(self) -> ErrorReply:
         return ErrorReply(code=type(self).__name__, message=str(self), retry_after=self.retry_after)

@@ -61,6 +61,8 @@ class GatewayStatus(Wire):
     engine: Literal["Starting", "Ready", "Failed"]
     engine_version: str
     publish_path: Literal["Native", "Bulk"]
+    publish_path_message: str = ""
+    """Why adapters are published one by one."""
     base_digest: str
     tiers: tuple[Tier, ...]
     populations: dict[str, int]

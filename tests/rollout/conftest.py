@@ -44,6 +44,8 @@ def gateway(engine: EngineProcess, tmp_path: Path) -> Iterator[Callable[..., Ser
                 "base_name": "tiny",
                 "base_digest": BASE_DIGEST,
                 "cache_dir": str(tmp_path / "cache"),
+                "host_dir": str(tmp_path / "shm"),
+                "host_bytes": 64 << 20,
                 "slots": SLOTS,
                 "listen": f"127.0.0.1:{ports[0]}",
                 "internal": f"127.0.0.1:{ports[1]}",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,20 +28,23 @@ def free_port() -> int:
 class EngineProcess:
     """The server as the launcher starts it; it can be killed and started again on its port."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, python_path: Sequence[str] = (), slots: int = SLOTS) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._log = log
+        self._slots = slots
+        path = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         port = self.url.rsplit(":", 1)[1]
-        words = ["--base", str(BASE), "--port", port, "--slots", str(SLOTS + 1), "--max-rank", "8"]
+        words = ["--base", str(BASE), "--port", port, "--slots", str(self._slots + 1), "--max-rank", "8"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "allele_rollout.engine", *words, "--targets", ",".join(TARGETS)],
             stdout=self._log.open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=self._environ,
         )
 
     def wait(self, *, seconds: float = 400) -> None:

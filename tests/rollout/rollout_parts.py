@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import tempfile
 import time
 import urllib.error
@@ -85,10 +86,17 @@ class StoredPopulation:
     """Writes what a driver would."""
 
     def __init__(
-        self, url: str, *, namespace: str, name: str, base_digest: str = BASE_DIGEST, uid: str = "uid-1"
+        self,
+        url: str,
+        *,
+        namespace: str,
+        name: str,
+        base_digest: str = BASE_DIGEST,
+        uid: str = "uid-1",
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self.namespace, self.name = namespace, name
-        self.store = PopulationStore.open(url, namespace=namespace, population=name)
+        self.store = PopulationStore.open(url, namespace=namespace, population=name, environ=environ)
         record = PopulationRecord(uid=uid, base_digest=base_digest, shapes={"main": SHAPE.digest})
         self.store.claim(record)
         self._writer = self.store.catalogue.start("run-1")
@@ -205,6 +213,14 @@ class Service:
     def generate(
         self, rows: Sequence[tuple[str, int | None, Sequence[int]]], *, population: str = "styles", **wishes: Any
     ) -> list[Sample]:
+        status, samples = self.try_generate(rows, population=population, **wishes)
+        assert samples is not None, status
+        return samples
+
+    def try_generate(
+        self, rows: Sequence[tuple[str, int | None, Sequence[int]]], *, population: str = "styles", **wishes: Any
+    ) -> tuple[int, list[Sample] | None]:
+        """Status, and the samples where it is 200."""
         header = Generate(
             **{"namespace": "team", "population": population, "max_tokens": 8, "stop_token_ids": (EOS,), **wishes}
         )
@@ -214,9 +230,10 @@ class Service:
             "prompt": [list(r[2]) for r in rows],
         }
         answer = call(f"{self.internal}/v1/generate", encode(header, PROMPTS, columns))
-        assert answer.status == 200, answer.body
+        if answer.status != 200:
+            return answer.status, None
         _, table = decode(answer.body, Generated, COMPLETIONS)
-        return [Sample(**row) for row in table.to_pylist()]
+        return 200, [Sample(**row) for row in table.to_pylist()]
 
     def probe(self, version: int, targets: Sequence[tuple[str, int]], gate: Gate | None = None) -> ProbeReply:
         request = ProbeRequest(

@@ -94,7 +94,8 @@ def test_the_stand_in_kernel_is_importable_only_without_an_accelerator() -> None
     gpu, cpu = environment(before, accelerator=True), environment(before, accelerator=False)
     assert gpu["PYTHONPATH"] == "/x" and "SGLANG_USE_CPU_ENGINE" not in gpu
     assert cpu["PYTHONPATH"].split(os.pathsep) == ["/x", str(CPU_PATH)] and cpu["SGLANG_USE_CPU_ENGINE"] == "1"
-    assert cpu["SGLANG_PLUGINS"] == "mine,allele_guard,allele_cpu" and gpu["SGLANG_PLUGINS"] == "mine,allele_guard"
+    assert gpu["SGLANG_PLUGINS"] == "mine,allele_guard,allele_bulk"
+    assert cpu["SGLANG_PLUGINS"] == "mine,allele_guard,allele_bulk,allele_cpu"
     assert "PYTHONPATH" not in environment({"PYTHONPATH": str(CPU_PATH)}, accelerator=True)
 
 

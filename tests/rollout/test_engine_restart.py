@@ -1,34 +1,92 @@
-"""An engine that dies takes all its adapters along; the gateway says so, and serves again when it is back."""
+"""An engine that dies takes all its adapters along; the gateway says so, puts them in again and repeats what it may."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import http.client
+import json
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.rollout.rollout_engine import EngineProcess
-from tests.rollout.rollout_parts import Service, StoredPopulation, call, random_adapter
+from tests.rollout.rollout_parts import Answer, Service, StoredPopulation, call, random_adapter
 
 PROMPT = (13, 4, 6, 3, 5, 2)
+LONG = {"max_tokens": 50, "ignore_eos": True}
 
 
-def test_adapters_are_loaded_again_after_the_engine_was_killed(
-    gateway: Callable[..., Service], population: StoredPopulation, engine: EngineProcess
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[EngineProcess]:
+    process = EngineProcess(tmp_path / "log")
+    process.start()
+    process.wait()
+    yield process
+    process.kill()
+
+
+def resident(service: Service) -> int:
+    return {t["name"]: t["adapters"] for t in call(f"{service.internal}/v1/status").json["tiers"]}["host"]
+
+
+def running(engine: EngineProcess) -> int:
+    loads = call(f"{engine.url}/v1/loads?include=core").json["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
+
+
+def until(condition: Callable[[], Any], what: str, *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.01)
+
+
+def stream(service: Service, model: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection(urllib.parse.urlparse(service.tenant).netloc, timeout=300)
+    body = json.dumps({"model": model, "prompt": "kbdac=", "temperature": 0, "stream": True, **LONG})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    return connection, connection.getresponse()
+
+
+def test_a_request_outlives_the_engine_that_it_was_sent_to(
+    gateway: Callable[..., Service], population: StoredPopulation, mortal: EngineProcess
 ) -> None:
-    population.commit({"a": random_adapter(1)}, expose=True)
-    service = gateway()
-    before = service.generate([("a", 1, PROMPT)], temperature=0.0)
-    engine.kill()
-    answer = service.complete("styles/a")
-    assert answer.status == 503 and answer.json["error"]["code"] == "Unavailable"
-    assert call(f"{service.tenant}/healthz").status == 503
+    population.commit({f"m{i}": random_adapter(i) for i in range(6)}, expose=True)
+    service = gateway(engine=mortal.url)
+    rows = [(f"m{i}", 1, PROMPT) for i in range(6)]
+    before = service.generate(rows, temperature=0.0)
+    truth = service.complete("styles/m1", n=16, **LONG).json
+    assert resident(service) == 6
+
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(service.complete("styles/m1", n=16, **LONG)))
+    connection, streaming = stream(service, "styles/m2")
+    assert streaming.status == 200 and streaming.readline().startswith(b"data: ")
+    asking.start()
+    until(lambda: running(mortal) >= 16, "the request runs")
+    mortal.kill()
+    with pytest.raises((http.client.HTTPException, OSError)):
+        while line := streaming.readline():
+            assert line != b"data: [DONE]\n", "the stream ended as if it were whole"
+        raise http.client.IncompleteRead(b"")
+    connection.close()
+    until(lambda: not service.healthy(), "the gateway sees that the engine is gone")
     assert call(f"{service.internal}/healthz").status == 503
     assert call(f"{service.internal}/v1/status").json["engine"] == "Failed"
-    engine.start()
-    engine.wait()
+    late = service.complete("styles/a")
+    assert late.status == 503 and late.json["error"]["code"] == "Unavailable" and late.headers["Retry-After"]
+
+    mortal.start()
+    mortal.wait()
     service.wait_healthy()
-    assert {t["name"]: t["adapters"] for t in call(f"{service.internal}/v1/status").json["tiers"]}["host"] == 0
-    after = service.generate([("a", 1, PROMPT)], temperature=0.0)
-    assert after[0].completion == before[0].completion
-    assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-6)
-    assert service.complete("styles/a").status == 200
+    assert resident(service) == 6, "what was resident is put in again, not forgotten"
+    asking.join(120)
+    assert [a.status for a in answers] == [200]
+    assert answers[0].json["choices"] == truth["choices"]
+    after = service.generate(rows, temperature=0.0)
+    for a, b in zip(after, before, strict=True):
+        assert a.completion == b.completion and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)

@@ -21,7 +21,7 @@ async def seen(populations: Populations, member: str) -> list[str]:
     """Digests under the bare name; [] where there is nothing."""
     with contextlib.suppress(NotFound):
         found = await (await populations.get("team", "styles")).exposed(member)
-        return [a.packed.digest for a in found]
+        return [a.weights.digest for a in found]
     return []
 
 

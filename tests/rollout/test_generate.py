@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from allele.format import export_peft
+from allele.residency.space import pages
 from tests.rollout.rollout_engine import EngineProcess
 from tests.rollout.rollout_parts import (
     ALPHA,
@@ -76,7 +77,7 @@ def test_an_exported_folder_loads_in_the_engine_without_a_gateway(engine: Engine
 def test_more_adapters_than_may_be_loaded_are_all_served_right(gateway: Start, population: StoredPopulation) -> None:
     adapters = {f"m{i}": random_adapter(100 + i) for i in range(11)}
     population.commit(adapters)
-    service = gateway(loaded=5)
+    service = gateway(host_bytes=5 * pages(SHAPE.packed_bytes))
     for _ in range(2):
         rows = [(f"m{i % 11}", 1, PROMPT) for i in range(22)]
         for sample, (member, _, _) in zip(service.generate(rows), rows, strict=True):
@@ -116,4 +117,4 @@ def test_a_population_of_another_base_is_refused(gateway: Start, tmp_path: Path)
     other = StoredPopulation(f"file://{tmp_path}/store", namespace="team", name="foreign", base_digest="sha256:other")
     other.commit({"a": random_adapter(1)}, expose=True)
     answer = gateway().complete("foreign/a")
-    assert answer.status == 422 and "expected sha256:bbb" in answer.json["error"]["message"]
+    assert answer.status == 400 and "expected sha256:bbb" in answer.json["error"]["message"]

@@ -107,9 +107,11 @@ def test_requests_that_fail_or_branch_do_not_keep_their_adapter_loaded(
     members = {f"m{i}": random_adapter(i) for i in range(9)}
     population.commit(members, expose=True)
     service = gateway(loaded=4, deadline=60.0)
-    assert service.complete("styles/m0", prompt="a" * 70).status == 422
-    assert service.complete("styles/m0", prompt=[3, 4, 500]).status == 422
+    assert service.complete("styles/m0", prompt="a" * 70).status == 400
+    assert service.complete("styles/m0", prompt=[3, 4, 500]).status == 400
     assert len(service.complete("styles/m1", n=2, temperature=1).json["choices"]) == 2
+    for prompt in ("ab=", ["ab=", "ba="]):
+        assert service.complete("styles/m2", prompt=prompt, n=2, temperature=1, stream=True).status == 200
     for member in members:
         assert service.complete(f"styles/{member}").status == 200
 

@@ -1,15 +1,19 @@
-"""SGLang plugin that closes two ways in which one request stops the whole server (0.5.21).
+"""SGLang plugin that closes three ways in which one request stops the whole server (0.5.21), and aborts by prefix.
 
 - Token ids outside the vocabulary, which tenants may send (`prompt` of /v1/completions), are not checked: the
   embedding lookup fails in the scheduler and the server dies.
 - An adapter's count of running requests is wrong after a refused request (not taken back) and after `n` > 1 (taken back
   n + 1 times). Its unload then waits for ever with the lock that every other load needs.
+- A streamed request with `n` > 1 leaves states of requests behind that were never sent. Such an unload waits for them.
+
+`/abort_request` knows whole request ids only, although the scheduler aborts by prefix; an id that ends in `/` is one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import AsyncIterator
 from typing import Any
 
 from allele_rollout.engine.plugin import applied_once
@@ -17,6 +21,8 @@ from allele_rollout.engine.plugin import applied_once
 PLUGIN = "allele_guard"
 _VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 _WAIT = "sglang.srt.lora.lora_registry.LoRARegistry.wait_for_unload"
+_BATCH = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request"
+_ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request"
 _INIT = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators"
 _LOOK_AGAIN = 0.01
 """Seconds between looks at the running requests, while an unload waits for them."""
@@ -40,6 +46,8 @@ def _apply() -> None:
         (_VALIDATE, refuse_foreign_ids, HookType.BEFORE),
         (_INIT, remember_manager, HookType.AFTER),
         (_WAIT, wait_for_requests, HookType.REPLACE),
+        (_BATCH, drop_unsent, HookType.AROUND),
+        (_ABORT, abort_by_prefix, HookType.BEFORE),
     ):
         module, name, attribute = target.rsplit(".", 2)
         getattr(resolve_name(f"{module}:{name}"), attribute)  # fails here, loudly, when the version does not fit
@@ -58,6 +66,25 @@ def refuse_foreign_ids(tokenizer_manager: Any, obj: Any, input_ids: list[int] | 
 
 def remember_manager(_result: Any, tokenizer_manager: Any) -> None:
     _managers.add(tokenizer_manager)
+
+
+async def drop_unsent(
+    handle: Any, tokenizer_manager: Any, obj: Any, request: Any = None, request_rids: Any = None
+) -> AsyncIterator[Any]:
+    """The batch's answers; after them none of its requests is left."""
+    async for answer in handle(tokenizer_manager, obj, request, request_rids):
+        yield answer
+    tokenizer_manager._release_req_states_on_failure(obj.rid)
+
+
+def abort_by_prefix(tokenizer_manager: Any, rid: str = "", abort_all: bool = False) -> None:
+    """One message to the scheduler for all requests below a prefix; the original then finds no such id."""
+    if abort_all or not rid.endswith("/"):
+        return
+    from sglang.srt.managers.io_struct import AbortReq
+
+    if any(live.startswith(rid) for live in tokenizer_manager.rid_to_state):
+        tokenizer_manager._dispatch_to_scheduler(AbortReq(rid=rid))
 
 
 async def wait_for_requests(registry: Any, lora_id: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from allele_rollout.engine import cpu, guard
+from allele_rollout.engine.bulk import plugin as bulk
 
 CPU_PATH = Path(__file__).parent / "cpu_path"
 """Holds the stand-in `sgl_kernel`; on PYTHONPATH only where there is no accelerator."""
@@ -49,7 +50,8 @@ class EngineSettings:
 
 def plugins(*, accelerator: bool) -> tuple[str, ...]:
     """Entry points that the server must load."""
-    return (guard.PLUGIN,) if accelerator else (guard.PLUGIN, cpu.PLUGIN)
+    everywhere = (guard.PLUGIN, bulk.PLUGIN)
+    return everywhere if accelerator else (*everywhere, cpu.PLUGIN)
 
 
 def command(settings: EngineSettings, *, python: str, accelerator: bool) -> list[str]:

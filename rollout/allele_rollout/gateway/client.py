@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -68,6 +68,18 @@ class EngineClient:
         """Names loaded now."""
         return [m["id"] for m in (await self._call("GET", "/v1/models"))["data"] if m.get("parent")]
 
+    async def bulk(self) -> str:
+        """Why adapters cannot be published in bulk; empty when they can."""
+        try:
+            await self.upsert([], [])
+        except EngineRefused as e:
+            return str(e)
+        return ""
+
+    async def upsert(self, files: Sequence[JSON], remove: Sequence[str]) -> None:
+        """The plugin's call: all of it or EngineRefused; returns when what was removed has left the engine."""
+        await self._call("POST", "/allele/upsert", {"files": list(files), "remove": list(remove)})
+
     async def load(self, name: str, folder: str) -> None:
         await self._call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
@@ -102,6 +114,14 @@ class EngineClient:
             return await send()
         except (aiohttp.ClientError, OSError) as e:
             raise EngineGone(f"engine: no answer from {self._url}: {type(e).__name__} {e}", retry_after=2.0) from e
+
+
+async def read_whole(response: aiohttp.ClientResponse) -> bytes:
+    """Raises EngineGone when the connection breaks."""
+    try:
+        return await response.read()
+    except aiohttp.ClientError as e:
+        raise EngineGone(f"engine: gone in the middle of an answer: {e}", retry_after=2.0) from e
 
 
 def refusal(data: bytes) -> str:

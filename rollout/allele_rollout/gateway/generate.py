@@ -9,8 +9,8 @@ from typing import Any
 
 from allele.protocol.errors import ProtocolError
 from allele.protocol.samples import COMPLETIONS, PROMPTS, Generate, Generated, decode, encode
+from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.populations import Populations
-from allele_rollout.gateway.residency import Adapter
 from allele_rollout.gateway.sampler import Outcome, Row, Sampler
 
 

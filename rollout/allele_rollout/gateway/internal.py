@@ -21,7 +21,7 @@ def internal_app(gateway: Gateway) -> web.Application:
 
     async def on_generate(request: web.Request) -> web.Response:
         data = await request.read()
-        async with gateway.batch_queue.place():
+        async with gateway.batches.place():
             answer = await generate(
                 data, populations=gateway.populations, sampler=gateway.sampler, on_sample=gateway.count_sample
             )
@@ -32,7 +32,7 @@ def internal_app(gateway: Gateway) -> web.Application:
             wanted = ProbeRequest.model_validate_json(await request.read())
         except ValidationError as e:
             raise InvalidRequest(f"body: expected a ProbeRequest: {e}") from e
-        async with gateway.batch_queue.place():
+        async with gateway.batches.place():
             reply = await probe(wanted, populations=gateway.populations, sampler=gateway.sampler)
         for result in reply.results:
             gateway.metrics.probes.labels(result.verdict).inc()
@@ -59,7 +59,8 @@ def status(gateway: Gateway) -> GatewayStatus:
         replica=gateway.settings.replica,
         engine=gateway.watch.state,
         engine_version=gateway.watch.info.version if gateway.watch.info else "",
-        publish_path="Native",
+        publish_path="Bulk" if gateway.residency is not None and not gateway.native_reason else "Native",
+        publish_path_message=gateway.native_reason,
         base_digest=gateway.settings.base_digest,
         tiers=gateway.tiers(),
         populations={"/".join(k): p.version for k, p in gateway.populations.opened().items()},

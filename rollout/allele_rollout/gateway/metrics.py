@@ -20,9 +20,25 @@ class GatewayMetrics:
             registry=self.registry,
             buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300),
         )
-        self.queued = Gauge(
-            "allele_gateway_queue_requests", "Requests running or waiting.", ["port"], registry=self.registry
+        self.inside = Gauge(
+            "allele_gateway_inside_requests", "Requests running or waiting.", ["port"], registry=self.registry
         )
+        self.turns = Gauge(
+            "allele_gateway_turns", "Engine calls running, or waiting for a slot.", ["state"], registry=self.registry
+        )
+        self.wait = Histogram(
+            "allele_gateway_wait_seconds",
+            "Time until an adapter was loaded and its turn had come.",
+            registry=self.registry,
+            buckets=(0.001, 0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+        )
+        self.reads = Counter(
+            "allele_gateway_reads", "Adapters read, by the place that had them.", ["place"], registry=self.registry
+        )
+        self.read_bytes = Counter(
+            "allele_gateway_read_bytes", "Bytes read, by the place that had them.", ["place"], registry=self.registry
+        )
+        self.bulk = Gauge("allele_gateway_bulk", "1 while adapters are published in bulk.", registry=self.registry)
         self.residency = Counter(
             "allele_gateway_residency_events",
             "Adapters loaded, evicted, or failing to load.",

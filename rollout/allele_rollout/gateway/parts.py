@@ -6,23 +6,28 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from allele.protocol.errors import ProtocolError
+from allele.protocol.errors import ProtocolError, Unavailable
 from allele.protocol.serving import Tier
+from allele.residency import Schedule
 from allele.store.objects import Objects
+from allele_rollout.gateway.adapter import Adapter
+from allele_rollout.gateway.arena import Arena, usual_capacity
 from allele_rollout.gateway.client import EngineClient
-from allele_rollout.gateway.limits import Queue
+from allele_rollout.gateway.disk import DiskTier
+from allele_rollout.gateway.dispatch import Bound, Dispatcher
 from allele_rollout.gateway.metrics import GatewayMetrics
 from allele_rollout.gateway.populations import Populations
+from allele_rollout.gateway.publisher import Bulk, Native, Publisher, PublishPath
 from allele_rollout.gateway.residency import Residency
 from allele_rollout.gateway.sampler import Sampler
 from allele_rollout.gateway.settings import GatewaySettings
-from allele_rollout.gateway.warm import FolderCache
+from allele_rollout.gateway.source import Source
 from allele_rollout.gateway.watch import EngineWatch
 
 _log = logging.getLogger(__name__)
@@ -37,15 +42,16 @@ class Gateway:
         s = self.settings = settings
         self.metrics = GatewayMetrics()
         self.engine = EngineClient(s.engine, timeout=s.deadline)
-        self.cache = FolderCache(Path(s.cache_dir).absolute(), capacity=s.cache_bytes)
-        self.residency = Residency(
-            self.engine,
-            self.cache,
-            capacity=s.max_loaded,
-            on_event=lambda event: self.metrics.residency.labels(event).inc(),
+        self.disk = DiskTier(Path(s.cache_dir).absolute(), capacity=s.cache_bytes)
+        self.source = Source(self.disk, peers=None, on_read=self._count_read)
+        self.watch = EngineWatch(self.engine, attach=self._attach)
+        self.dispatcher = Dispatcher(
+            Schedule(slots=s.slots, running=s.running, quantum=s.quantum, patience=s.patience),
+            hold=self._hold,
+            deadline=s.deadline,
+            on_wait=self.metrics.wait.observe,
         )
-        self.watch = EngineWatch(self.engine, on_boot=self.residency.forget)
-        self.sampler = Sampler(self.engine, self.residency, self.watch, slots=s.slots)
+        self.sampler = Sampler(self.engine, self.dispatcher, self.watch)
         self.populations = Populations(
             Objects.open(s.store),
             base_name=s.base_name,
@@ -53,8 +59,12 @@ class Gateway:
             forget_absent=s.tail_seconds,
             clock=time.monotonic,
         )
-        self.tenant_queue = Queue(running=s.running, waiting=s.waiting, deadline=s.deadline)
-        self.batch_queue = Queue(running=s.batches, waiting=s.waiting_batches, deadline=s.deadline)
+        self.tenants = Bound(s.waiting)
+        self.batches = Bound(s.batches)
+        self.residency: Residency | None = None
+        self.native_reason = ""
+        """Why adapters are not published in bulk; empty when they are."""
+        self._arena: Arena | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -67,26 +77,81 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self.engine.close()
+            if self._arena is not None:
+                self._arena.close()
+
+    async def _attach(self) -> None:
+        """The engine has started: choose how to publish, take out what is not ours, put in what is."""
+        self.native_reason = self._no_arena() or await self.engine.bulk()
+        path: PublishPath = "Native" if self.native_reason else "Bulk"
+        strangers = await self.engine.adapters()
+        if path == "Bulk":
+            await self.engine.upsert([], strangers)
+        else:
+            _log.error("Adapters are published one by one: %s", self.native_reason)
+            for name in strangers:
+                await self.engine.unload(name)
+        if self.residency is not None and self.residency.publisher.path == path:
+            await self.residency.restore()
+        else:
+            self.residency = Residency(
+                self._publisher(path), self.source, slots=self.settings.slots, on_event=self._count_event
+            )
+
+    def _no_arena(self) -> str:
+        """Make the arena unless it is there; why there is none."""
+        s = self.settings
+        if self._arena is None:
+            folder = Path(s.host_dir)
+            try:
+                capacity = s.host_bytes or usual_capacity(folder)
+                owner = f"allele-{s.engine.rpartition(':')[2].strip('/')}"
+                self._arena = Arena(folder, owner=owner, capacity=capacity)
+            except OSError as e:
+                return f"host tier: {e}"
+        return ""
+
+    def _publisher(self, path: PublishPath) -> Publisher:
+        if path == "Bulk":
+            assert self._arena is not None
+            return Bulk(self.engine, self._arena)
+        return Native(self.engine, Path(self.settings.cache_dir) / "peft", places=self.settings.max_loaded)
+
+    def _hold(self, adapter: Adapter) -> AbstractAsyncContextManager[str]:
+        if self.residency is None:
+            raise Unavailable("engine: not attached to yet", retry_after=2.0)
+        return self.residency.hold(adapter)
 
     def tiers(self) -> tuple[Tier, ...]:
-        """Capacity of `disk` is in bytes, of the others in adapters. The engine fills its slots from what was used
-        last; which adapters those are it does not tell."""
-        sizes = self.residency.sizes()
-        hot = sizes[-self.settings.slots :]
+        """Capacity of `hot` is in adapters, of the others in bytes (of `host` in adapters where they are published one
+        by one). The engine does not tell what its slots hold; `hot` is what it was asked for last."""
+        residency = self.residency
+        hot, sizes = (residency.hot(), residency.sizes()) if residency else ([], [])
+        host = (residency.capacity if residency else 0) or 0
         return (
             Tier(name="hot", adapters=len(hot), bytes=sum(hot), capacity=self.settings.slots),
-            Tier(name="host", adapters=len(sizes), bytes=sum(sizes), capacity=self.settings.max_loaded),
-            Tier(name="disk", adapters=len(self.cache), bytes=self.cache.size, capacity=self.cache.capacity),
+            Tier(name="host", adapters=len(sizes), bytes=sum(sizes), capacity=host),
+            Tier(name="disk", adapters=len(self.disk), bytes=self.disk.size, capacity=self.disk.capacity),
         )
 
     def measure(self) -> None:
         """Bring the gauges up to date."""
         self.metrics.ready.set(self.watch.state == "Ready")
-        self.metrics.queued.labels("tenant").set(self.tenant_queue.inside)
-        self.metrics.queued.labels("internal").set(self.batch_queue.inside)
+        self.metrics.bulk.set(self.residency is not None and not self.native_reason)
+        self.metrics.inside.labels("tenant").set(self.tenants.inside)
+        self.metrics.inside.labels("internal").set(self.batches.inside)
+        self.metrics.turns.labels("running").set(self.dispatcher.running)
+        self.metrics.turns.labels("waiting").set(self.dispatcher.waiting)
         for tier in self.tiers():
             self.metrics.adapters.labels(tier.name).set(tier.adapters)
             self.metrics.tier_bytes.labels(tier.name).set(tier.bytes)
+
+    def _count_read(self, place: str, nbytes: int) -> None:
+        self.metrics.reads.labels(place).inc()
+        self.metrics.read_bytes.labels(place).inc(nbytes)
+
+    def _count_event(self, event: str, count: int) -> None:
+        self.metrics.residency.labels(event).inc(count)
 
     def count_sample(self, outcome: str) -> None:
         self.metrics.samples.labels(outcome).inc()
@@ -126,6 +191,6 @@ class Gateway:
 def _answer(error: ProtocolError, error_body: ErrorBody) -> web.Response:
     # Classes of a gateway's own travel under the name of the protocol's class, which clients know.
     known = next(c for c in type(error).__mro__ if c.__module__ == ProtocolError.__module__)
-    named = known(str(error), retry_after=error.retry_after)
+    named = known(str(error), retry_after=error.retry_after, param=error.param)
     headers = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
     return web.json_response(error_body(named), status=error.status, headers=headers)

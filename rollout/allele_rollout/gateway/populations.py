@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from allele.format import AdapterShape, adapter_config
 from allele.protocol.adapters import AdapterName
+from allele.protocol.commands import ByteRange
 from allele.protocol.errors import InvalidRequest, NotExposed, NotFound, ProtocolError, Unavailable
 from allele.store.errors import ObjectNotFound, StoreError, StoreUnavailable
 from allele.store.facts import Fact
@@ -24,9 +25,8 @@ from allele.store.index import Index
 from allele.store.objects import Objects
 from allele.store.population import PopulationStore
 from allele.store.provenance import Provenance
+from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.exposure import candidates
-from allele_rollout.gateway.residency import Adapter
-from allele_rollout.gateway.warm import Packed
 
 _log = logging.getLogger(__name__)
 _VERSION_WAIT = 15.0
@@ -48,6 +48,8 @@ class Population:
         self._base_name = base_name
         self._provenance: dict[str, Provenance] = {}
         self._tail = asyncio.Lock()
+        self.gone = False
+        """Bytes were missing, and the folder is another population's now, or nobody's."""
 
     @property
     def version(self) -> int:
@@ -138,14 +140,22 @@ class Population:
             base_name=self._base_name,
         )
 
-        async def read() -> bytes:
-            try:
-                return await from_store(self._store.aread(weights))
-            except ProtocolError as e:
-                raise type(e)(f"{name}: {e}", retry_after=e.retry_after) from e
-
         text = json.dumps(config, sort_keys=True).encode()
-        return Adapter(name, Packed(digest=weights.digest, length=weights.length, config=text), read)
+        return Adapter(name, weights, text, shelf=self)
+
+    async def read(self, ranges: Sequence[ByteRange]) -> list[bytes | ProtocolError]:
+        """The bytes of each range, or why there are none; neighbours in one request."""
+        try:
+            return list(await from_store(self._store.aread_many(ranges)))
+        except Unavailable as e:
+            return [e] * len(ranges)
+        except ProtocolError as e:  # of one of them
+            if len(ranges) == 1:
+                if isinstance(e, NotFound) and not await self.stands():
+                    self.gone = True
+                return [e]
+        half = len(ranges) // 2
+        return [*await self.read(ranges[:half]), *await self.read(ranges[half:])]
 
     def _name(self, member: str, revision: int | None) -> AdapterName:
         return AdapterName(self._store.namespace, self._store.population, member, revision)
@@ -174,6 +184,7 @@ class Populations:
     async def get(self, namespace: str, population: str, *, version: int | None = None) -> Population:
         """Raises NotFound, InvalidRequest (a population of another base), or Unavailable."""
         key = (namespace, population)
+        self._close_gone(key)
         if key not in self._open:
             absent = self._absent.get(key)
             if absent is not None and version is None and self._clock() < absent.until:
@@ -192,6 +203,10 @@ class Populations:
         if version is not None:
             await found.seen(version)
         return found
+
+    def _close_gone(self, key: tuple[str, str]) -> None:
+        if (found := self.opened().get(key)) is not None and found.gone:
+            del self._open[key]
 
     def opened(self) -> dict[tuple[str, str], Population]:
         return {k: f.result() for k, f in self._open.items() if f.done() and not f.exception()}

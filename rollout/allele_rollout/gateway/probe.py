@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from allele.protocol.commands import ProbeSequence
 from allele.protocol.errors import ProtocolError
 from allele.protocol.serving import ProbeReply, ProbeRequest, ProbeResult, Target
+from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.populations import Population, Populations
-from allele_rollout.gateway.residency import Adapter
 from allele_rollout.gateway.sampler import Outcome, Row, Sampler
 from allele_rollout.gateway.verdict import judge
 

@@ -1,170 +1,226 @@
-"""Adapters registered with the engine: load on demand, keep while in use, drop the least recently used.
+"""Adapters in the engine: loaded on demand, kept while in use, dropped by the tier's policy.
 
-    hold(adapters) ─► room for all of them at once? (else wait, first come first served)
-                   ─► pin ─► evict idle ones ─► load, one flight per adapter ─► names to send ─► unpin
+    hold(adapter) ─► here? pin ────────────────────────────────────────────► its name in the engine ─► unpin
+                  └► room in the tier (else wait, misses in their order) ─► pin ─► evict idle ones
+                     ─► fetch: disk, peers, store ─► publish: all that has arrived, in one call ─┘
 
-All adapters of a hold are pinned together or not at all: two requests that each kept a part and waited for the rest
-would wait for ever. The engine unloads only when idle, holding a lock that blocks loads, so what is evicted here has
-no request in flight.
+One flight per adapter, however many ask. What is here never waits for what is not. Loads, publications and evictions
+that come together go out together.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Protocol
 
-from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
-from allele.residency import Tier
-from allele_rollout.gateway.client import EngineRefused
-from allele_rollout.gateway.warm import FolderCache, Packed
+from allele.residency import TierFull
+from allele_rollout.gateway.adapter import Adapter
+from allele_rollout.gateway.batches import Batches
+from allele_rollout.gateway.client import EngineGone
+from allele_rollout.gateway.publisher import Publisher
+from allele_rollout.gateway.source import Source
 
 _log = logging.getLogger(__name__)
-LOADS = 4
-"""Loads at once: the engine takes one at a time, so more only keep bytes and connections waiting."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A revision, and how to get its bytes."""
-
-    name: AdapterName
-    packed: Packed
-    read: Callable[[], Awaitable[bytes]] = dataclasses.field(compare=False, repr=False)
-
-    @property
-    def engine_name(self) -> str:
-        """What the engine calls it: with the digest, a population made anew never meets old weights."""
-        return f"{self.name}#{self.packed.folder[:16]}"
-
-
-class Engine(Protocol):
-    async def load(self, name: str, folder: str) -> None: ...
-
-    async def unload(self, name: str) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """What a hold got: names for the engine, or why not."""
-
-    names: dict[Adapter, str]
-    failed: dict[Adapter, ProtocolError]
+_FETCHES = 4
+"""Batches of bytes on their way at once."""
+_AGAIN = 0.5
+"""Seconds until an unload is tried again that the engine did not answer."""
 
 
 class Residency:
-    """At most `capacity` adapters registered with the engine."""
+    """What one publisher has put into one engine."""
 
-    def __init__(self, engine: Engine, cache: FolderCache, *, capacity: int, on_event: Callable[[str], None]) -> None:
-        self._engine = engine
-        self._cache = cache
-        self._capacity = capacity
+    def __init__(
+        self, publisher: Publisher, source: Source, *, slots: int, on_event: Callable[[str, int], None]
+    ) -> None:
+        """`on_event`: counts adapters loaded, evicted, failed."""
+        self.publisher = publisher
+        self._source = source
+        self._slots = slots
         self._event = on_event
-        self._slots: Tier[str] = Tier(places=capacity)
-        self._flights: dict[str, asyncio.Future[None]] = {}
-        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._tier = publisher.tier()
         self._sizes: dict[str, int] = {}
+        self._recent: OrderedDict[str, None] = OrderedDict()
+        self._flights: dict[str, asyncio.Future[None]] = {}
+        """Of what is being loaded, or is loaded."""
+        self._arrived: dict[Adapter, bytes] = {}
+        self._leaving: dict[str, asyncio.Future[None]] = {}
         self._turn = asyncio.Lock()
-        self._freed = asyncio.Condition()
-        self._loads = asyncio.Semaphore(LOADS)
+        self._freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done, and made anew, whenever something is let go."""
+        self._retries: set[asyncio.Task[None]] = set()
+        self._fetches = Batches(self._fetch, at_once=_FETCHES)
+        self._publications = Batches(self._publish)
+        self._evictions = Batches(self._unload)
+
+    @property
+    def capacity(self) -> int:
+        """Of the host tier: bytes, or adapters."""
+        return self._tier.capacity or self._tier.places or 0
 
     def sizes(self) -> list[int]:
-        """Bytes of each adapter registered now, least recently used first."""
-        return [self._sizes[name] for name in self._slots.names()]
+        """Bytes of each adapter that is loaded or being loaded."""
+        return [self._sizes[name] for name in self._tier.names()]
 
-    def forget(self) -> None:
-        """The engine restarted: nothing is loaded. Holds of before end without effect."""
-        self._slots = Tier(places=self._capacity)
-        self._flights = {}
-        self._sizes = {}
+    def hot(self) -> list[int]:
+        """Bytes of those used last, one for each slot: what the engine, which does not tell, has in its slots."""
+        return [self._sizes[name] for name in self._recent if name in self._sizes]
+
+    async def restore(self) -> None:
+        """The engine started again: put in what it held. What is lost is loaded when it is next asked for."""
+        for name in await self.publisher.restore():
+            flight = self._flights.get(name)
+            if flight is not None and flight.done():
+                del self._flights[name]
+                if not self._tier.pins(name):
+                    self._forget(name)
 
     @asynccontextmanager
-    async def hold(self, adapters: Sequence[Adapter]) -> AsyncIterator[Held]:
-        """Keep these loaded inside the block. Raises InvalidRequest for more than the capacity."""
-        wanted = {a.engine_name: a for a in adapters}
-        if len(wanted) > self._capacity:
-            raise InvalidRequest(f"adapters: expected at most {self._capacity} in one batch, found {len(wanted)}")
-        async with self._turn, self._freed:
-            await self._freed.wait_for(lambda: self._has_room(wanted))
-            slots, flights = self._slots, self._flights
-            for name, adapter in wanted.items():
-                self._sizes[name] = adapter.packed.length
-                for victim in slots.admit(name, pin=True):
-                    self._evict(victim)
-        try:
-            outcomes = await asyncio.gather(*map(self._loaded, wanted.values()), return_exceptions=True)
-            yield _held(list(wanted.values()), outcomes)
-        finally:
-            await asyncio.shield(self._release(wanted, slots=slots, flights=flights))
+    async def hold(self, adapter: Adapter) -> AsyncIterator[str]:
+        """The engine's name of an adapter, loaded for as long as the block runs.
 
-    def _has_room(self, wanted: dict[str, Adapter]) -> bool:
-        pinned = {name for name in self._slots.names() if self._slots.pins(name)}
-        return len(pinned | wanted.keys()) <= self._capacity
+        Raises InvalidRequest for one that can never be, and what its load raised.
+        """
+        name = adapter.engine_name
+        await self._pin(adapter)
+        try:
+            flight = self._flights.get(name)
+            if flight is None:
+                flight = self._start(adapter)
+            await asyncio.shield(flight)
+            self._used(name)
+            yield name
+        finally:
+            self._unpin(name)
+
+    async def _pin(self, adapter: Adapter) -> None:
+        name, size = adapter.engine_name, self.publisher.size(adapter)
+        if self._tier.pin(name):
+            return
+        if self._tier.capacity is not None and size > self._tier.capacity:
+            raise InvalidRequest(f"{adapter.name}: expected at most {self._tier.capacity} bytes, found {size}")
+        async with self._turn:
+            while True:
+                try:
+                    evicted = self._tier.admit(name, size=size, pin=True)
+                    break
+                except TierFull:
+                    await asyncio.shield(self._freed)
+            self._sizes[name] = adapter.weights.length
+            for victim in evicted:
+                self._evict(victim)
+
+    def _unpin(self, name: str) -> None:
+        self._tier.unpin(name)
+        if not self._tier.pins(name):
+            if name not in self._flights:  # its load failed, or it was lost with the engine
+                self._forget(name)
+            self._freed.set_result(None)
+            self._freed = asyncio.get_running_loop().create_future()
+
+    def _forget(self, name: str) -> None:
+        self._tier.remove(name)
+        self._sizes.pop(name, None)
+
+    def _used(self, name: str) -> None:
+        self._recent[name] = None
+        self._recent.move_to_end(name)
+        while len(self._recent) > self._slots:
+            self._recent.popitem(last=False)
+
+    def _start(self, adapter: Adapter) -> asyncio.Future[None]:
+        flight: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Nobody may be waiting any more when it fails.
+        flight.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self._flights[adapter.engine_name] = flight
+        self._tier.pin(adapter.engine_name)  # for as long as it is on its way, whether or not somebody still waits
+        self._fetches.add(adapter)
+        return flight
+
+    def _settle(self, adapter: Adapter, error: BaseException | None) -> None:
+        name = adapter.engine_name
+        flight = self._flights[name]
+        if error is None:
+            flight.set_result(None)
+        else:
+            del self._flights[name]
+            flight.set_exception(error)
+        self._event("loaded" if error is None else "failed", 1)
+        self._unpin(name)
+
+    async def _fetch(self, adapters: list[Adapter]) -> None:
+        left = dict.fromkeys(adapters)
+        error: BaseException = ProtocolError("bytes: expected an answer for each adapter, found none")
+        try:
+            async for adapter, data in self._source.fetch(adapters):
+                del left[adapter]
+                if isinstance(data, ProtocolError):
+                    self._settle(adapter, data)
+                else:
+                    self._arrived[adapter] = data
+                    self._publications.add(adapter)
+        except Exception as e:
+            _log.exception("Fetching %d adapters", len(adapters))
+            error = e
+        for adapter in left:
+            self._settle(adapter, error)
+
+    async def _publish(self, adapters: list[Adapter]) -> None:
+        found: dict[Adapter, bytes] = {}
+        for adapter in adapters:
+            if await self._room(adapter):
+                found[adapter] = self._arrived.pop(adapter)
+            else:  # the holes that are left are too small, and all else is in use
+                self._retry(adapter, self._freed)
+        failed: dict[Adapter, ProtocolError] = await self.publisher.load(found) if found else {}
+        for adapter in found:
+            if adapter in failed:
+                self.publisher.release(adapter)
+            self._settle(adapter, failed.get(adapter))
+
+    async def _room(self, adapter: Adapter) -> bool:
+        """A place for it with the publisher: what is leaving has to be gone, and holes may be too small."""
+        while adapter.engine_name in self._leaving or not self.publisher.reserve(adapter):
+            if self._leaving:
+                await asyncio.wait(self._leaving.values(), return_when=asyncio.FIRST_COMPLETED)
+            elif (victim := self._tier.victim()) is not None:
+                self._tier.remove(victim)
+                self._evict(victim)
+            else:
+                return False
+        return True
+
+    def _retry(self, adapter: Adapter, freed: asyncio.Future[None]) -> None:
+        async def again() -> None:
+            await asyncio.shield(freed)
+            self._publications.add(adapter)
+
+        task = asyncio.ensure_future(again())
+        self._retries.add(task)
+        task.add_done_callback(self._retries.discard)
 
     def _evict(self, name: str) -> None:
-        self._flights.pop(name, None)
+        """It has left the tier; take it out of the engine."""
         self._sizes.pop(name, None)
-        leaving = self._leaving[name] = asyncio.ensure_future(self._engine.unload(name))
-        leaving.add_done_callback(lambda _: self._left(name, leaving))
-        self._event("evicted")
+        self._recent.pop(name, None)
+        if self._flights.pop(name, None) is not None:
+            self._leaving[name] = asyncio.get_running_loop().create_future()
+            self._evictions.add(name)
+            self._event("evicted", 1)
 
-    def _left(self, name: str, leaving: asyncio.Future[None]) -> None:
-        if self._leaving.get(name) is leaving:
-            del self._leaving[name]
-        if not leaving.cancelled() and (error := leaving.exception()):
-            _log.warning("Unload of %s: %s", name, error)
-
-    async def _release(
-        self, wanted: dict[str, Adapter], *, slots: Tier[str], flights: dict[str, asyncio.Future[None]]
-    ) -> None:
-        async with self._freed:
-            for name in wanted:
-                slots.unpin(name)
-                if name not in flights and not slots.pins(name):  # its load failed
-                    slots.remove(name)
-            self._freed.notify_all()
-
-    async def _loaded(self, adapter: Adapter) -> None:
-        """Wait until it is loaded; the first to ask loads it."""
-        name, flights = adapter.engine_name, self._flights
-        flight = flights.get(name)
-        if flight is None:
-            flight = flights[name] = asyncio.ensure_future(self._load(adapter, flights))
-            flight.add_done_callback(lambda f: f.cancelled() or f.exception())
-        await asyncio.shield(flight)
-
-    async def _load(self, adapter: Adapter, flights: dict[str, asyncio.Future[None]]) -> None:
-        name = adapter.engine_name
-        try:
-            async with self._loads, self._cache.folder(adapter.packed, adapter.read) as folder:
-                if leaving := list(self._leaving.values()):
-                    await asyncio.wait(leaving)
-                await self._register(name, folder)
-            self._event("loaded")
-        except BaseException:
-            self._event("failed")
-            flights.pop(name, None)
-            raise
-
-    async def _register(self, name: str, folder: Path) -> None:
-        try:
-            await self._engine.load(name, str(folder))
-        except EngineRefused as e:
-            if "already loaded" not in str(e):
-                raise InvalidRequest(f"adapter {name.partition('#')[0]}: {e}") from e
-            # The name holds revision and digest, so what is there under it is right.
-
-
-def _held(adapters: list[Adapter], outcomes: list[BaseException | None]) -> Held:
-    failed: dict[Adapter, ProtocolError] = {}
-    for adapter, outcome in zip(adapters, outcomes, strict=True):
-        if isinstance(outcome, ProtocolError):
-            failed[adapter] = outcome
-        elif outcome is not None:
-            raise outcome
-    return Held(names={a: a.engine_name for a in adapters if a not in failed}, failed=failed)
+    async def _unload(self, names: list[str]) -> None:
+        while True:
+            try:
+                await self.publisher.unload(names)
+                break
+            except EngineGone:  # what is loaded is put in again when it is back
+                await asyncio.sleep(_AGAIN)
+            except ProtocolError as e:
+                _log.warning("Unload of %d adapters: %s", len(names), e)
+                break
+        for name in names:
+            self._leaving.pop(name).set_result(None)

@@ -1,19 +1,25 @@
-"""Batches to the engine: grouped by adapter, cut to its slots, each row with its own outcome.
+"""Batches to the engine: rows of one adapter go together, each with its own outcome.
 
-The engine refuses a whole batch for one bad row; such a batch is halved until only that row fails.
+The engine's LoRA kernels merge only neighbours of one adapter, and swap adapters that do not fit its slots; so each
+adapter's rows are calls of their own, and the dispatcher says when. The engine refuses a whole call for one bad row:
+such a call is halved until only that row fails.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allele.protocol.errors import ProtocolError
+from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.client import EngineClient, EngineGone, EngineRefused
-from allele_rollout.gateway.grouping import calls, groups
-from allele_rollout.gateway.residency import Adapter, Residency
+from allele_rollout.gateway.dispatch import Dispatcher
 from allele_rollout.gateway.watch import EngineWatch
+
+ROWS = 128
+"""Rows of a call: enough to fill a batch, few enough that adapters with many rows do not keep their slots for long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,44 +39,54 @@ Outcome = Mapping[str, Any] | ProtocolError
 class Sampler:
     """Runs rows on one engine."""
 
-    def __init__(self, engine: EngineClient, residency: Residency, watch: EngineWatch, *, slots: int) -> None:
+    def __init__(self, engine: EngineClient, dispatcher: Dispatcher, watch: EngineWatch) -> None:
         self._engine = engine
-        self._residency = residency
+        self._dispatcher = dispatcher
         self._watch = watch
-        self._slots = slots
 
     async def run(self, rows: Sequence[Row], sampling: Mapping[str, Any]) -> list[Outcome]:
         """Outcomes in the order of `rows`. Raises Unavailable without an engine."""
         self._watch.require()
         outcomes: dict[int, Outcome] = {}
-        for part in calls(groups([r.adapter for r in rows]), slots=self._slots):
-            for attempt in (1, 2):
-                try:
-                    outcomes.update(await self._part(rows, part, sampling))
-                    break
-                except EngineGone:
-                    self._watch.suspect()
-                    raise
-                except EngineRefused:  # an unknown adapter: the engine restarted and answers already
-                    if attempt == 2:
-                        raise
-                    self._residency.forget()
+        parts = calls([r.adapter for r in rows], rows=ROWS)
+        async with asyncio.TaskGroup() as tasks:
+            for adapter, part in parts:
+                tasks.create_task(self._part(adapter, [rows[i] for i in part], part, sampling, outcomes))
+        gone = next((o for o in outcomes.values() if isinstance(o, EngineGone)), None)
+        if gone is not None:
+            self._watch.suspect()
+            raise gone
         return [outcomes[i] for i in range(len(rows))]
 
     async def _part(
-        self, rows: Sequence[Row], part: Mapping[Adapter | None, list[int]], sampling: Mapping[str, Any]
-    ) -> dict[int, Outcome]:
-        async with self._residency.hold([a for a in part if a is not None]) as held:
-            failed: dict[int, Outcome] = {i: held.failed[a] for a in held.failed for i in part[a]}
-            order = [i for a, members in part.items() if a is None or a in held.names for i in members]
-            names = [None if (a := rows[i].adapter) is None else held.names[a] for i in order]
-            served = await self._batch([rows[i] for i in order], names, sampling) if order else []
-            return failed | dict(zip(order, served, strict=True))
+        self,
+        adapter: Adapter | None,
+        rows: list[Row],
+        places: Sequence[int],
+        sampling: Mapping[str, Any],
+        outcomes: dict[int, Outcome],
+    ) -> None:
+        try:
+            found = await self._call(adapter, rows, sampling)
+        except ProtocolError as e:
+            found = [e] * len(rows)
+        outcomes.update(zip(places, found, strict=True))
 
-    async def _batch(self, rows: list[Row], names: list[str | None], sampling: Mapping[str, Any]) -> list[Outcome]:
+    async def _call(self, adapter: Adapter | None, rows: list[Row], sampling: Mapping[str, Any]) -> list[Outcome]:
+        for attempt in (1, 2):
+            async with self._dispatcher.turn(adapter, cost=len(rows)) as name:
+                try:
+                    return await self._batch(rows, name, sampling)
+                except EngineRefused as e:
+                    if attempt == 2 or not e.unknown_adapter:
+                        raise
+            await self._watch.again()  # the engine restarted and answers already
+        raise AssertionError("the second attempt returns or raises")
+
+    async def _batch(self, rows: list[Row], name: str | None, sampling: Mapping[str, Any]) -> list[Outcome]:
         body = {
             "input_ids": [list(r.input_ids) for r in rows],
-            "lora_path": names,
+            "lora_path": [name] * len(rows),
             "sampling_params": sampling,
             "return_logprob": True,
             "logprob_start_len": [r.logprob_start for r in rows],
@@ -83,7 +99,12 @@ class Sampler:
             if len(rows) == 1:
                 return [e]
         half = len(rows) // 2
-        return [
-            *await self._batch(rows[:half], names[:half], sampling),
-            *await self._batch(rows[half:], names[half:], sampling),
-        ]
+        return [*await self._batch(rows[:half], name, sampling), *await self._batch(rows[half:], name, sampling)]
+
+
+def calls(adapters: Sequence[Adapter | None], *, rows: int) -> list[tuple[Adapter | None, list[int]]]:
+    """(adapter, row numbers) of each call: adapters in order of first appearance, at most `rows` rows each."""
+    found: dict[Adapter | None, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        found.setdefault(adapter, []).append(row)
+    return [(a, part[i : i + rows]) for a, part in found.items() for i in range(0, len(part), rows)]

@@ -23,20 +23,31 @@ class GatewaySettings:
     namespace: str = _field("Namespace whose populations tenants may name.")
     base_name: str = _field("Model name under which tenants reach the bare base.")
     base_digest: str = _field("sha256:... of the base that the engine holds; adapters of another base are refused.")
-    cache_dir: str = _field("Folder of the disk tier: one PEFT folder per adapter digest.")
+    cache_dir: str = _field("Folder of the disk tier: packed adapters by digest.")
     slots: int = _field("Adapters in one engine batch, the bare base not counted.")
     listen: str = _field("Tenant address.", default="0.0.0.0:8000")
     internal: str = _field("Internal address: generate, probe, status, metrics.", default="0.0.0.0:8001")
-    loaded: int = _field(
-        "Adapters registered with the engine, in its host memory; 0 means four times the slots.",
+    host_dir: str = _field("Folder in shared memory, which the engine sees under the same path.", default="/dev/shm")
+    host_bytes: int = _field(
+        "Size of the host tier in bytes; 0 means half of what host_dir has free or the memory limit allows, at most "
+        "16 GiB.",
         default=0,
-        reason="Every load answers with the list of all, so this is not free.",
+    )
+    loaded: int = _field(
+        "Adapters registered with an engine that takes them one by one; 0 means four times the slots.",
+        default=0,
+        reason="Each such load answers with the list of all, so this is not free. Without effect in bulk.",
     )
     cache_bytes: int = _field("Size of the disk tier in bytes.", default=8 << 30)
-    running: int = _field("Tenant requests at the engine at once.", default=256)
-    waiting: int = _field("Tenant requests waiting; more get 429.", default=1024)
-    batches: int = _field("Internal batches (generate, probe) at the engine at once.", default=4)
-    waiting_batches: int = _field("Internal batches waiting; more get 429.", default=64)
+    running: int = _field("Sequences at the engine at once.", default=1024)
+    waiting: int = _field("Tenant requests inside, running or waiting; more get 429.", default=1280)
+    batches: int = _field("Internal batches (generate, probe) inside, running or waiting; more get 429.", default=68)
+    quantum: int = _field(
+        "Sequences that a member may start in a turn while others wait for a slot.",
+        default=16,
+        reason="More: fewer changes of slots, longer turns of others.",
+    )
+    patience: float = _field("Seconds after which a waiting request goes before all others.", default=5.0)
     deadline: float = _field("Seconds a request may take, waiting included.", default=600.0)
     tail_seconds: float = _field("Seconds between looks at the Delta logs.", default=2.0)
     replica: str = _field("Name of this replica in status.", default=socket.gethostname())
