@@ -23,6 +23,7 @@ from allele_cli import (
     report,
     revisions,
     rollback,
+    simulate,
     sql,
     stores,
     transfer,
@@ -58,6 +59,7 @@ app.command("gc")(gc.gc)
 app.command("sql")(sql.sql)
 app.command("eval")(evaluate.evaluate)
 app.command("plot")(report.plot)
+app.add_typer(simulate.app, name="simulate")
 
 
 def main() -> None:
