@@ -68,7 +68,7 @@ bench-store: cluster ## The store against an object per adapter, in S3 and in et
 
 .PHONY: bench-rollout
 bench-rollout: env ## Publishing, scheduling and residency against the bare engine (DEVICE=cuda; ARGS="--help" tells)
-	$(PY) -W ignore -m bench.rollout $(ARGS)
+	$(PY) -W ignore -m bench.rollout $(if $(filter cuda,$(DEVICE)),--delay 0) $(ARGS)
 
 .PHONY: lint
 lint: env ## ruff, mypy, import-linter, generated files

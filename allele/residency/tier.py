@@ -120,9 +120,13 @@ class Tier(Generic[K]):
         """Mark it as used now; False when it is not here."""
         return self._use(name, pin=False)
 
-    def pin(self, name: K) -> bool:
-        """Hold it until `unpin`; counts, and is a use. False when it is not here."""
-        return self._use(name, pin=True)
+    def pin(self, name: K, *, use: bool = True) -> bool:
+        """Hold it until `unpin`; counts, and is a use unless that was counted already. False when it is not here."""
+        if use:
+            return self._use(name, pin=True)
+        if (entry := self._entries.get(name)) is not None:
+            self._hold(name, entry)
+        return entry is not None
 
     def unpin(self, name: K) -> None:
         """Raises ValueError without a matching pin: the caller's books are wrong."""
@@ -134,6 +138,7 @@ class Tier(Generic[K]):
             self._held -= 1
             self._held_bytes -= entry.size
             entry.region[name] = entry
+            self._settle()
 
     def remove(self, name: K) -> bool:
         """Forget it, as after a failed load; False when it is not here. Raises ValueError while it is pinned."""

@@ -160,7 +160,8 @@ class Residency:
         # Nobody may be waiting any more when it fails.
         flight.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._flights[adapter.engine_name] = flight
-        self._tier.pin(adapter.engine_name)  # for as long as it is on its way, whether or not somebody still waits
+        # For as long as it is on its way, whether or not somebody still waits.
+        self._tier.pin(adapter.engine_name, use=False)
         self._fetches.add(adapter)
         return flight
 
