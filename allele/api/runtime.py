@@ -86,7 +86,11 @@ class AdapterRuntimeSpec(Model):
     pod_template: PodTemplate = Field(default_factory=PodTemplate, description="Pieces of every pod.")
     environment: Environment | None = Field(None, description="A mounted Python environment, for development.")
     engine: Engine = Field(default_factory=Engine, description="Arguments of the SGLang engine.")
-    shared_memory: Quantity = Field("1Gi", description="Size of /dev/shm in trainer and rollout pods.")
+    shared_memory: Quantity = Field(
+        "1Gi",
+        description="Size of /dev/shm in trainer and rollout pods. A gateway keeps packed adapters in half of it, or in "
+        "half of its memory limit where that is less; both containers of a rollout map them.",
+    )
 
 
 class AdapterRuntimeStatus(Status):
