@@ -24,6 +24,7 @@ those without a slot wait until patience ends it. When everything is older than 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -87,7 +88,9 @@ class Schedule(Generic[J]):
         """Who waits and has not had its turn in this round, in order."""
         self._later: OrderedDict[_Account[J], None] = OrderedDict()
         """Who waits for the next round."""
-        self._waiting: OrderedDict[J, _Waiting[J]] = OrderedDict()
+        self._waiting: dict[J, _Waiting[J]] = {}
+        self._by_age: list[tuple[float, int, _Waiting[J]]] = []
+        """A heap; what has started or was dropped is left out when it comes up."""
         self._wanted: dict[Hashable | None, dict[_Account[J], None]] = {}
         """By adapter, whose jobs wait for it."""
         self._running: dict[J, _Waiting[J]] = {}
@@ -111,7 +114,10 @@ class Schedule(Generic[J]):
         return frozenset(self._active)
 
     def add(self, job: J, *, adapter: Hashable | None, member: Hashable, cost: int, now: float) -> None:
-        """`job` waits. `adapter` None: the bare base, no slot. Raises ValueError for one that waits or runs already."""
+        """`job` waits, and has waited since `now`, which may lie back. `adapter` None: the bare base, no slot.
+
+        Raises ValueError for one that waits or runs already.
+        """
         if job in self._waiting or job in self._running:
             raise ValueError(f"add {job!r}: expected a new job, found one that waits or runs")
         if cost < 1:
@@ -124,6 +130,7 @@ class Schedule(Generic[J]):
             self._line_up(account)
         waiting = _Waiting(job, account, adapter, cost, now, next(self._numbers))
         self._waiting[job] = waiting
+        heapq.heappush(self._by_age, (now, waiting.number, waiting))
         account.lanes.setdefault(adapter, OrderedDict())[job] = waiting
         self._wanted.setdefault(adapter, {})[account] = None
 
@@ -161,7 +168,7 @@ class Schedule(Generic[J]):
     def _next(self, now: float) -> _Waiting[J] | None:
         if not self._waiting or (self._running and self._cost >= self._limit):
             return None
-        oldest = _first(self._waiting)
+        oldest = self._oldest()
         if now - oldest.since > self._patience:
             self._bring_forward(oldest)
             if self._has_slot(oldest.adapter):  # then it wants only room: nothing else may take that
@@ -169,6 +176,11 @@ class Schedule(Generic[J]):
             # One slot is enough. What runs least takes nothing more, so that least only falls, and a slot comes free.
             return self._by_turn(closed=min(self._active, key=self._active.__getitem__))
         return self._by_turn()
+
+    def _oldest(self) -> _Waiting[J]:
+        while self._waiting.get(self._by_age[0][2].job) is not self._by_age[0][2]:
+            heapq.heappop(self._by_age)
+        return self._by_age[0][2]
 
     def _by_turn(self, *, closed: Hashable | None = None) -> _Waiting[J] | None:
         """The next by round robin; not of the adapter that is `closed`."""

@@ -83,13 +83,14 @@ class Engine:
 
     def check_nothing_is_held_in_vain(self, now: float) -> None:
         """What could run and does not gives way to another: one that waits for room, or, if it has a slot, for one."""
-        if any(not self.running or j.cost > self.room for j in self.waiting):
+        if not self.waiting or any(not self.running or j.cost > self.room for j in self.waiting):
             return
         able = [j for j in self.waiting if self.has_slot(j)]
         assert not any(j.adapter is None for j in able), "a job of the base has room and needs no slot"
         assert not able or len(self.active) == self.slots, f"slots and room are free, yet these wait: {able}"
         assert not able or len(able) < len(self.waiting), "all have slots and room is free, yet they wait"
-        assert not any(now - j.since > self.patience for j in able[:1] if j is next(iter(self.waiting)))
+        oldest = min(self.waiting, key=lambda j: j.since)
+        assert oldest not in able or now - oldest.since <= self.patience, "the oldest waits although it could run"
 
 
 STEPS = st.lists(
@@ -119,7 +120,7 @@ def test_bounds_and_books_hold_whatever_happens(
         now += 1.0
         if action == "add":
             adapter = None if number == 0 else f"m{number // 2}@{number % 2}"
-            engine.add(adapter, f"m{number // 2}", min(cost, most), now=now)
+            engine.add(adapter, f"m{number // 2}", min(cost, most), now=now - cost)
         elif action == "take":
             engine.take(now)
         elif action == "later":
@@ -257,6 +258,15 @@ def test_a_job_older_than_patience_goes_before_the_round_robin(patience: float) 
         if second not in engine.running:
             engine.done(next(iter(engine.running)))
     assert (started == 2) == (patience == 5.0)
+
+
+def test_age_counts_from_when_a_job_came_not_from_when_it_was_added() -> None:
+    """Its adapter had to be loaded first; others that came later were added before."""
+    engine = Engine(slots=1, running=1, quantum=1, patience=5.0)
+    for name in "abc":
+        engine.add(name, name, now=3.0)
+    late = engine.add("late", "late", now=0.0)
+    assert engine.take(6.0) == [late]
 
 
 @pytest.mark.parametrize("cost", [1, 8])

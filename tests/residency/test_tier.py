@@ -146,13 +146,16 @@ def test_a_name_that_left_is_known_when_it_comes_back() -> None:
 
 
 def test_a_use_while_held_counts_once() -> None:
-    """A pin is a use, and so is an admission that pins; to let go is none."""
+    """A pin is a use unless its caller counts for itself, and so is an admission that pins; to let go is none."""
     tier: Tier[str] = Tier(places=8)
     tier.admit("a", pin=True)
     tier.pin("a")
     tier.touch("a")
-    tier.unpin("a")
-    tier.unpin("a")
+    assert tier.pin("a", use=False)
+    assert not tier.pin("b", use=False)
+    for _ in range(tier.pins("a")):
+        tier.unpin("a")
+    assert tier.victim() == "a"
     assert tier._frequency.estimate(key("a")) == 3
 
 
