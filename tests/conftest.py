@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SERVERS = {"s3", "gs", "az"}
-NEEDS = {"kubeconfig": "cluster", "engine": "engine"}
+NEEDS = {"kubeconfig": "cluster", "engine": "engine", "moe_engine": "engine", "gateway": "engine"}
 SLOW = (
     "trainer/",  # imports torch and Megatron, a minute in all
     "cli/test_bad_input",  # a process of its own for each case

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from allele.protocol.errors import InvalidRequest
+from allele.protocol.serving import Prefix
 from allele.protocol.wire import Wire
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"
@@ -32,9 +33,15 @@ COMPLETIONS = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("finish", pa.string()),
         pa.field("error", pa.string()),
+        pa.field("revision", pa.int64()),
+        pa.field("experts", pa.list_(pa.int16())),
     ]
 )
-"""Its answer: `n` rows per request row, in request order; `error` is null unless that sample failed."""
+"""Its answer: `n` rows per request row, in request order; `error` is null unless that sample failed.
+
+`revision` made every token of the sample (null: the base): an engine keeps a request's adapter until its end, so one
+number a sample says for each token which policy it came from. `experts`: as in TRAIN, when the header asked for them.
+"""
 
 TRAIN = pa.schema(
     [
@@ -79,6 +86,10 @@ class Generate(Wire):
     stop_token_ids: tuple[int, ...] = ()
     version: int | None = None
     """Catalogue version that the gateway must have seen before it resolves revisions."""
+    experts: bool = False
+    """Whether to return the experts that each token took; InvalidRequest from an engine that does not tell."""
+    request_prefix: Prefix | Literal[""] = ""
+    """Name of the batch, by which `/v1/abort` finds it; several may share one."""
 
 
 class Generated(Wire):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from allele.protocol.wire import Wire
+
+Prefix = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/)+$", max_length=200)]
+"""Of request ids, as `run/<uid>/`: it ends in `/`, so that run/1/ is none of run/10/."""
 
 
 class Gate(Wire):
@@ -67,3 +72,14 @@ class GatewayStatus(Wire):
     tiers: tuple[Tier, ...]
     populations: dict[str, int]
     """Catalogue version seen of each namespace/population."""
+
+
+class AbortRequest(Wire):
+    """`POST /v1/abort` on a gateway's internal port: give up the batches of `/v1/generate` below a prefix."""
+
+    prefix: Prefix
+
+
+class AbortReply(Wire):
+    batches: int
+    """Those that were waiting or running here; each is answered with all of its samples aborted."""

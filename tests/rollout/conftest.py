@@ -12,6 +12,7 @@ import pytest
 
 from allele_rollout.gateway.__main__ import serve
 from allele_rollout.gateway.settings import GatewaySettings
+from tests.rollout import rollout_moe
 from tests.rollout.rollout_engine import SLOTS, EngineProcess, free_port
 from tests.rollout.rollout_parts import BASE_DIGEST, Service, StoredPopulation
 
@@ -30,21 +31,38 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     process.kill()
 
 
+@pytest.fixture(scope="session")
+def moe_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One whose base has experts and a long context."""
+    base = rollout_moe.write_base(tmp_path_factory.mktemp("moe"))
+    process = EngineProcess(
+        tmp_path_factory.mktemp("moe_engine") / "log",
+        base=base,
+        targets=rollout_moe.TARGETS,
+        extra=["--enable-return-routed-experts"],
+    )
+    process.start()
+    process.wait()
+    yield process
+    process.kill()
+
+
 @pytest.fixture
 def population(tmp_path: Path) -> StoredPopulation:
     return StoredPopulation(f"file://{tmp_path}/store", namespace="team", name="styles")
 
 
 @pytest.fixture
-def gateway(engine: EngineProcess, tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Starts gateways, by default with the test's store."""
+def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts gateways, by default with the test's store, before the engine of the examples' base."""
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Event, threading.Thread]] = []
 
     def start(**changes: object) -> Service:
         ports = free_port(), free_port()
+        if "engine" not in changes:
+            changes["engine"] = request.getfixturevalue("engine").url
         settings = GatewaySettings(
             **{  # type: ignore[arg-type]
-                "engine": engine.url,
                 "store": f"file://{tmp_path}/store",
                 "namespace": "team",
                 "base_name": "tiny",

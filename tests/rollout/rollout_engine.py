@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,19 +29,28 @@ def free_port() -> int:
 class EngineProcess:
     """The server as the launcher starts it; it can be killed and started again on its port."""
 
-    def __init__(self, log: Path, *, python_path: Sequence[str] = (), slots: int = SLOTS) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *,
+        base: Path = BASE,
+        targets: Sequence[str] = TARGETS,
+        extra: Sequence[str] = (),
+        python_path: Sequence[str] = (),
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         self._log = log
-        self._slots = slots
+        self.base, self._targets, self._extra = base, targets, extra
         path = [*python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         port = self.url.rsplit(":", 1)[1]
-        words = ["--base", str(BASE), "--port", port, "--slots", str(self._slots + 1), "--max-rank", "8"]
+        words = ["--base", str(self.base), "--port", port, "--slots", str(SLOTS + 1), "--max-rank", "8"]
+        words += [f"--engine-arg={argument}" for argument in self._extra]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "allele_rollout.engine", *words, "--targets", ",".join(TARGETS)],
+            [sys.executable, "-m", "allele_rollout.engine", *words, "--targets", ",".join(self._targets)],
             stdout=self._log.open("ab"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -64,6 +74,18 @@ class EngineProcess:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    def running(self) -> int:
+        """Requests that it computes or keeps waiting now."""
+        with urllib.request.urlopen(f"{self.url}/v1/loads", timeout=60) as answer:
+            (load,) = json.load(answer)["loads"]
+        return int(load["num_running_reqs"]) + int(load["num_waiting_reqs"])
+
+    def until_running(self, wanted: Callable[[int], bool], *, seconds: float = 60) -> None:
+        """Look again and again; a deadline that no machine needs."""
+        deadline = time.monotonic() + seconds
+        while not wanted(found := self.running()):
+            assert time.monotonic() < deadline, f"after {seconds:g} s the engine has {found} requests"
 
     def kill(self) -> None:
         if self._process is not None:

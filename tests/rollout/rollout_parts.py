@@ -37,9 +37,9 @@ PROBES = (
 )
 
 
-def random_adapter(seed: int, *, size: float = 0.15) -> bytes:
+def random_adapter(seed: int, *, size: float = 0.15, shape: AdapterShape = SHAPE) -> bytes:
     """A packed adapter with both halves random, so that it does something."""
-    return SHAPE.pack((np.random.default_rng(seed).standard_normal(SHAPE.numel) * size).astype("<f4"))
+    return shape.pack((np.random.default_rng(seed).standard_normal(shape.numel) * size).astype("<f4"))
 
 
 def inert_adapter() -> bytes:
@@ -94,10 +94,11 @@ class StoredPopulation:
         base_digest: str = BASE_DIGEST,
         uid: str = "uid-1",
         environ: Mapping[str, str] = os.environ,
+        shape: AdapterShape = SHAPE,
     ) -> None:
-        self.namespace, self.name = namespace, name
+        self.namespace, self.name, self.shape = namespace, name, shape
         self.store = PopulationStore.open(url, namespace=namespace, population=name, environ=environ)
-        record = PopulationRecord(uid=uid, base_digest=base_digest, shapes={"main": SHAPE.digest})
+        record = PopulationRecord(uid=uid, base_digest=base_digest, shapes={"main": shape.digest})
         self.store.claim(record)
         self._writer = self.store.catalogue.start("run-1")
         self._step = 0
@@ -122,7 +123,7 @@ class StoredPopulation:
                 weights=where,
                 group="main",
                 parent=parent,
-                shape=SHAPE.digest,
+                shape=self.shape.digest,
                 provenance=provenance,
                 probe=tuple(np.float32(x).item() for x in probes[m]) if probes else None,
             )
@@ -137,7 +138,14 @@ class StoredPopulation:
         return self._writer.commit(self._step, facts)
 
     def _provenance(self, sequences: tuple[ProbeSequence, ...]) -> Provenance:
-        shape = ShapeRef(digest=SHAPE.digest, rank=8, alpha=ALPHA, scaling="Standard", targets=TARGETS, init="Standard")
+        shape = ShapeRef(
+            digest=self.shape.digest,
+            rank=self.shape.rank,
+            alpha=ALPHA,
+            scaling="Standard",
+            targets=self.shape.targets,
+            init="Standard",
+        )
         return Provenance(
             namespace=self.namespace,
             population=self.name,
@@ -189,6 +197,8 @@ class Sample:
     logprobs: list[float]
     finish: str | None
     error: str | None
+    revision: int | None
+    experts: list[int] | None
 
 
 @dataclasses.dataclass(frozen=True)

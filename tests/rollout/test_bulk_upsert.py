@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def test_a_call_that_is_refused_changes_nothing(upsert: Upserter, tmp_path: Path
 
 
 def test_removed_weights_are_gone_when_the_answer_comes_and_running_requests_keep_theirs(
-    upsert: Upserter, tmp_path: Path
+    upsert: Upserter, engine: EngineProcess, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.seg"
     adapters = {f"m{i}": random_adapter(40 + i) for i in range(6)}
@@ -169,11 +168,9 @@ def test_removed_weights_are_gone_when_the_answer_comes_and_running_requests_kee
     found: list[tuple[list[int], list[float]]] = []
     asking = threading.Thread(target=lambda: found.extend(upsert.greedy(many, tokens=50)))
     asking.start()
-    deadline = time.monotonic() + 60
-    while not running(upsert.url):
-        assert time.monotonic() < deadline and asking.is_alive(), "the request ended before it was seen"
+    engine.until_running(bool)
     assert upsert(remove=["m0"]).json == {"loaded": 0, "removed": 1}
-    assert not running(upsert.url), "the answer came while a request still used the weights"
+    assert not engine.running(), "the answer came while a request still used the weights"
     # The bytes are the caller's again: writing over them must not reach anyone.
     with path.open("r+b") as f:
         f.write(b"\xff" * len(adapters["m0"]))
@@ -191,12 +188,6 @@ def test_a_name_that_is_loaded_moves_to_the_new_weights(upsert: Upserter, tmp_pa
     assert old != fresh
     assert upsert([{**file, "rows": {"m": offsets["new"]}}]).json == {"loaded": 1, "removed": 0}
     assert upsert.greedy(["m"]) == [fresh]
-
-
-def running(url: str) -> bool:
-    """Whether the engine runs a request."""
-    loads = call(f"{url}/v1/loads?include=core").json["loads"]
-    return any(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 
 
 def test_a_changed_engine_turns_bulk_off_and_says_why(tmp_path: Path) -> None:

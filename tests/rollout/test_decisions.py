@@ -12,9 +12,11 @@ from allele.protocol.errors import InvalidRequest, NotFound, Overloaded
 from allele.protocol.serving import Gate, Target
 from allele.store.facts import Fact
 from allele_rollout.engine.launch import CPU_PATH, EngineSettings, command, environment
+from allele_rollout.gateway.bodies import TextRequest
 from allele_rollout.gateway.exposure import candidates
 from allele_rollout.gateway.generate import completions
 from allele_rollout.gateway.openai import engine_body, error_body, model_page, parse_body
+from allele_rollout.gateway.sampler import Row
 from allele_rollout.gateway.settings import GatewaySettings
 from allele_rollout.gateway.verdict import judge
 
@@ -45,12 +47,14 @@ def test_verdicts(served: list[float | None], trained: list[float], before: list
 
 
 def test_a_body_loses_what_reaches_other_adapters_and_keeps_the_rest() -> None:
-    body = parse_body(b'{"model": "p/m", "lora_path": "x", "rid": "r", "top_k": 3, "stream": true}')
-    assert engine_body(body, "n/p/m@1") == {"model": "p/m", "lora_path": "n/p/m@1", "top_k": 3, "stream": True}
-    assert engine_body(body, None) == {"model": "p/m", "top_k": 3, "stream": True}
+    sent = b'{"model": "p/m", "prompt": "x", "lora_path": "x", "rid": "r", "top_k": 3, "stream": true}'
+    body, asked = parse_body(sent, TextRequest)
+    kept = {"model": "p/m", "prompt": "x", "top_k": 3, "stream": True}
+    assert engine_body(body, "n/p/m@1") == {**kept, "lora_path": "n/p/m@1"} and asked.model == "p/m"
+    assert engine_body(body, None) == kept
     for wrong in (b"[]", b"{", b'{"model": 3}', b"{}"):
         with pytest.raises(InvalidRequest):
-            parse_body(wrong)
+            parse_body(wrong, TextRequest)
     assert error_body(NotFound("x"))["error"]["code"] == "model_not_found"
     assert error_body(Overloaded("x"))["error"]["type"] == "rate_limit_error"
 
@@ -80,9 +84,8 @@ def test_a_sample_without_finite_logprobs_is_an_error() -> None:
         reason = {"type": kind, "message": "why"}
         return {"output_ids": [7, 7], "meta_info": {"finish_reason": reason, "output_token_logprobs": entries}}
 
-    good, nan, none, short, aborted = completions(
-        [answer([-1, -2]), answer([-1, math.nan]), answer([None, -1]), answer([-1]), answer([-1, -2], "abort")], n=1
-    )["error"]
+    outcomes = [answer([-1, -2]), answer([-1, math.nan]), answer([None, -1]), answer([-1]), answer([-1, -2], "abort")]
+    good, nan, none, short, aborted = completions([Row(None, (1,))] * 5, outcomes, n=1)["error"]
     assert good is None
     assert all("expected 2 finite logprobs" in str(e) for e in (nan, none, short))
     assert "why" in str(aborted)

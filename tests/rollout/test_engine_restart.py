@@ -33,11 +33,6 @@ def resident(service: Service) -> int:
     return {t["name"]: t["adapters"] for t in call(f"{service.internal}/v1/status").json["tiers"]}["host"]
 
 
-def running(engine: EngineProcess) -> int:
-    loads = call(f"{engine.url}/v1/loads?include=core").json["loads"]
-    return sum(load["num_running_reqs"] for load in loads)
-
-
 def until(condition: Callable[[], Any], what: str, *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -67,7 +62,7 @@ def test_a_request_outlives_the_engine_that_it_was_sent_to(
     connection, streaming = stream(service, "styles/m2")
     assert streaming.status == 200 and streaming.readline().startswith(b"data: ")
     asking.start()
-    until(lambda: running(mortal) >= 16, "the request runs")
+    mortal.until_running(lambda n: n >= 16)
     mortal.kill()
     with pytest.raises((http.client.HTTPException, OSError)):
         while line := streaming.readline():

@@ -48,7 +48,7 @@ async def hold_vote(
         except ProtocolError as e:
             return e
 
-    async with gateway.tenants.place(len(vote.members)):
+    async with gateway.tenant_bound.place(len(vote.members)):
         gateway.watch.require()
         async with asyncio.TaskGroup() as group:
             tasks = {member: group.create_task(ballot(member)) for member in vote.members}

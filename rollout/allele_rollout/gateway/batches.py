@@ -1,35 +1,64 @@
-"""What asks one at a time goes out together: everything that came while the last batch was under way is the next."""
+"""Batches under way, so that a driver can give up a step: what waits is dropped, what runs is aborted at the engine.
+
+Closing the connection gives a batch up too, but the engine alone notices that up to four seconds late.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+import logging
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
-T = TypeVar("T", bound=Hashable)
+from allele.protocol.errors import ProtocolError
+from allele_rollout.gateway.client import EngineClient
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class Batches(Generic[T]):
-    """Runs `work` on what is added, at most `at_once` batches at a time. `work` must not raise."""
+class Aborted(ProtocolError):
+    """The batch was given up before its end."""
 
-    def __init__(self, work: Callable[[list[T]], Awaitable[None]], *, at_once: int = 1) -> None:
-        self._work = work
-        self._at_once = at_once
-        self._waiting: dict[T, None] = {}
-        self._running = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, item: T) -> None:
-        self._waiting[item] = None
-        if self._running < self._at_once:
-            self._running += 1
-            task = asyncio.ensure_future(self._run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+class Batches:
+    """Batches of one gateway, by the prefix of their requests' ids."""
 
-    async def _run(self) -> None:
-        await asyncio.sleep(0)  # what is added in the same turn goes along
-        while self._waiting:
-            batch, self._waiting = list(self._waiting), {}
-            await self._work(batch)
-        self._running -= 1  # here and not when the task is done: what is added in between would find nobody
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self._running: dict[str, asyncio.Task[Any]] = {}
+        self._given_up: set[str] = set()
+
+    @staticmethod
+    def name(prefix: str) -> str:
+        """A prefix of its own for a batch below `prefix`: a driver that asks again uses its prefix again."""
+        return f"{prefix}{uuid.uuid4().hex}/"
+
+    async def run(self, name: str, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, whose requests have ids below `name`. Raises Aborted when it was given up."""
+        task = self._running[name] = asyncio.ensure_future(work)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            await asyncio.shield(self._abort(name))
+            if name in self._given_up:
+                raise Aborted(f"{name}: given up") from None
+            raise
+        finally:
+            del self._running[name]
+            self._given_up.discard(name)
+
+    async def abort(self, prefix: str) -> int:
+        """Give up all batches below `prefix`; how many there were."""
+        found = [name for name in self._running if name.startswith(prefix)]
+        self._given_up.update(found)
+        for name in found:
+            self._running[name].cancel()
+        return len(found)
+
+    async def _abort(self, name: str) -> None:
+        try:
+            (await self._engine.forward("/abort_request", {"rid": name})).release()
+        except ProtocolError as e:
+            _log.warning("Batch %s runs to its end at the engine: %s", name, e)

@@ -38,6 +38,8 @@ class EngineInfo:
 
     boot: str
     version: str
+    experts: bool
+    """Whether it tells which experts a token took."""
 
 
 class EngineClient:
@@ -58,7 +60,9 @@ class EngineClient:
         """Raises EngineGone until the server is up."""
         found = await self._call("GET", "/server_info", within=10)
         # Measured durations of its start-up, in floating point: no two starts share them.
-        return EngineInfo(boot=json.dumps(found["startup_time"], sort_keys=True), version=str(found["version"]))
+        boot = json.dumps(found["startup_time"], sort_keys=True)
+        experts = bool(found["enable_return_routed_experts"])
+        return EngineInfo(boot=boot, version=str(found["version"]), experts=experts)
 
     async def answers(self, *, within: float) -> None:
         """Raises EngineGone unless the engine generates a token now."""

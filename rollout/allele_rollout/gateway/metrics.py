@@ -20,8 +20,8 @@ class GatewayMetrics:
             registry=self.registry,
             buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300),
         )
-        self.inside = Gauge(
-            "allele_gateway_inside_requests", "Requests running or waiting.", ["port"], registry=self.registry
+        self.queued = Gauge(
+            "allele_gateway_queue_requests", "Requests running or waiting.", ["port"], registry=self.registry
         )
         self.turns = Gauge(
             "allele_gateway_turns", "Engine calls running, or waiting for a slot.", ["state"], registry=self.registry

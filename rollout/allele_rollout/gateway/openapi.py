@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from allele.protocol.errors import ErrorReply
-from allele_rollout.gateway.answers import ChatCompletion, Completion, ErrorAnswer, Health, ModelPage
+from allele.protocol.serving import AbortReply, AbortRequest, GatewayStatus, ProbeReply, ProbeRequest
+from allele_rollout.gateway.answers import ChatCompletion, Completion, ErrorAnswer, Health, Model, ModelPage
 from allele_rollout.gateway.bodies import ChatRequest, TextRequest
 
 REVISION_HEADER = "x-allele-revision"
@@ -32,12 +33,12 @@ _REASONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """One operation; `answers` of None is a text."""
+    """One operation."""
 
     method: str
     path: str
     summary: str
-    answers: type[BaseModel] | None
+    answers: type[BaseModel]
     errors: Sequence[int]
     takes: type[BaseModel] | None = None
     streams: bool = False
@@ -79,6 +80,35 @@ TENANT = (
             _query("after", "The model before the page.", type="string"),
         ),
     ),
+    Route(
+        "get",
+        "/v1/models/{model}",
+        "One model.",
+        Model,
+        (400, 404, 409, 500, 503),
+        parameters=(
+            {
+                "name": "model",
+                "in": "path",
+                "required": True,
+                "description": "As in a request; its slashes may stand as they are.",
+                "schema": {"type": "string", "minLength": 1},
+            },
+        ),
+    ),
+    Route("get", "/healthz", "Whether the engine answers.", Health, (500, 503)),
+)
+INTERNAL = (
+    Route(
+        "post",
+        "/v1/probe",
+        "Compare what revisions say with what was trained.",
+        ProbeReply,
+        (413, 422, 429, 500, 503),
+        takes=ProbeRequest,
+    ),
+    Route("post", "/v1/abort", "Give up batches.", AbortReply, (413, 422, 500), takes=AbortRequest),
+    Route("get", "/v1/status", "Engine, tiers, and catalogue versions seen.", GatewayStatus, (500,)),
     Route("get", "/healthz", "Whether the engine answers.", Health, (500, 503)),
 )
 
@@ -87,15 +117,15 @@ def tenant_document() -> dict[str, Any]:
     return _document("Allele gateway, tenant port", TENANT, ErrorAnswer)
 
 
-def internal_document(routes: Sequence[Route]) -> dict[str, Any]:
-    return _document("Allele gateway, internal port (JSON routes)", routes, ErrorReply)
+def internal_document() -> dict[str, Any]:
+    return _document("Allele gateway, internal port (routes that speak JSON)", INTERNAL, ErrorReply)
 
 
 def _document(title: str, routes: Sequence[Route], error: type[BaseModel]) -> dict[str, Any]:
     models: list[tuple[type[BaseModel], Any]] = [(error, "serialization")]
     for route in routes:
         models += [(route.takes, "validation")] if route.takes else []
-        models += [(route.answers, "serialization")] if route.answers else []
+        models.append((route.answers, "serialization"))
     references, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     paths: dict[str, Any] = {}
     for route in routes:
@@ -112,9 +142,7 @@ def _operation(route: Route, error: type[BaseModel], references: Any) -> dict[st
     def content(model: type[BaseModel], mode: str) -> dict[str, Any]:
         return {_JSON: {"schema": references[model, mode]}}
 
-    good: dict[str, Any] = {"description": "The answer."}
-    if route.answers:
-        good["content"] = content(route.answers, "serialization")
+    good: dict[str, Any] = {"description": "The answer.", "content": content(route.answers, "serialization")}
     if route.streams:
         good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
         good["headers"] = {

@@ -59,8 +59,8 @@ class Gateway:
             forget_absent=s.tail_seconds,
             clock=time.monotonic,
         )
-        self.tenants = Bound(s.waiting)
-        self.batches = Bound(s.batches)
+        self.tenant_bound = Bound(s.waiting)
+        self.batch_bound = Bound(s.batches)
         self.residency: Residency | None = None
         self.native_reason = ""
         """Why adapters are not published in bulk; empty when they are."""
@@ -138,8 +138,8 @@ class Gateway:
         """Bring the gauges up to date."""
         self.metrics.ready.set(self.watch.state == "Ready")
         self.metrics.bulk.set(self.residency is not None and not self.native_reason)
-        self.metrics.inside.labels("tenant").set(self.tenants.inside)
-        self.metrics.inside.labels("internal").set(self.batches.inside)
+        self.metrics.queued.labels("tenant").set(self.tenant_bound.inside)
+        self.metrics.queued.labels("internal").set(self.batch_bound.inside)
         self.metrics.turns.labels("running").set(self.dispatcher.running)
         self.metrics.turns.labels("waiting").set(self.dispatcher.waiting)
         for tier in self.tiers():

@@ -21,10 +21,10 @@ from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.residency import TierFull
 from allele_rollout.gateway.adapter import Adapter
-from allele_rollout.gateway.batches import Batches
 from allele_rollout.gateway.client import EngineGone
 from allele_rollout.gateway.publisher import Publisher
 from allele_rollout.gateway.source import Source
+from allele_rollout.gateway.together import Together
 
 _log = logging.getLogger(__name__)
 _FETCHES = 4
@@ -58,9 +58,9 @@ class Residency:
         self._freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done, and made anew, whenever something is let go."""
         self._retries: set[asyncio.Task[None]] = set()
-        self._fetches = Batches(self._fetch, at_once=_FETCHES)
-        self._publications = Batches(self._publish)
-        self._evictions = Batches(self._unload)
+        self._fetches = Together(self._fetch, at_once=_FETCHES)
+        self._publications = Together(self._publish)
+        self._evictions = Together(self._unload)
 
     @property
     def capacity(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ class Row:
     input_ids: Sequence[int]
     logprob_start: int = -1
     """First prompt position whose logprob is wanted; -1: only those of the output."""
+    prefix: str = ""
+    """Of its request id at the engine."""
+    experts: bool = False
+    """Whether the experts of its tokens are wanted."""
 
 
 Outcome = Mapping[str, Any] | ProtocolError
@@ -90,6 +95,9 @@ class Sampler:
             "sampling_params": sampling,
             "return_logprob": True,
             "logprob_start_len": [r.logprob_start for r in rows],
+            # New ones for each try: after a refusal the engine may still know those of the rows before the bad one.
+            "rid": [f"{r.prefix}{uuid.uuid4().hex}" for r in rows],
+            "return_routed_experts": any(r.experts for r in rows),
         }
         try:
             return list(await self._engine.generate(body))

@@ -44,7 +44,7 @@ class GatewaySettings:
     batches: int = _field("Internal batches (generate, probe) inside, running or waiting; more get 429.", default=68)
     quantum: int = _field(
         "Sequences that a member may start in a turn while others wait for a slot.",
-        default=16,
+        default=64,
         reason="More: fewer changes of slots, longer turns of others.",
     )
     patience: float = _field("Seconds after which a waiting request goes before all others.", default=5.0)

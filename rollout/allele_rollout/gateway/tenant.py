@@ -32,7 +32,7 @@ def tenant_app(gateway: Gateway) -> web.Application:
             if asked.vote is not None:
                 reply, revision = await hold_vote(gateway, request.path, body, asked, asked.vote)
                 return web.json_response(reply, headers=_revision(revision))
-            async with gateway.tenants.place():
+            async with gateway.tenant_bound.place():
                 gateway.watch.require()
                 async with served(gateway, request.path, body, asked.model) as answer:
                     return await _relay(request, answer)
