@@ -75,7 +75,7 @@ def test_an_engine_step_costs_more_when_adapters_interleave() -> None:
     setup = Setup(settle=0.0)
     grouped, mixed = (
         simulate(
-            [Request(0.0, m) for m in members], Mode.admission, setup=setup, costs=dataclasses.replace(BULK, fill=0)
+            [Request(0.0, m) for m in members], Mode.admission, setup=setup, costs=dataclasses.replace(BULK, fill=0.0)
         )
         for members in ("aaaabbbb", "abcdefgh")
     )
