@@ -20,7 +20,7 @@ class Setup:
     """Adapters on the node's disk."""
     running: int = 64
     """Sequences at once."""
-    quantum: int = 8
+    quantum: int = 16
     """Sequences that a member starts in a turn while others wait for a slot."""
     patience: float = 5.0
     """Seconds after which a request goes before the round robin."""
