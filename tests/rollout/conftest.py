@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,12 @@ from tests.rollout.rollout_parts import BASE_DIGEST, Service, StoredPopulation
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """ALLELE_TEST_ENGINE: URL of one that runs already, for working on these tests."""
     process = EngineProcess(tmp_path_factory.mktemp("engine") / "log")
+    if running := os.environ.get("ALLELE_TEST_ENGINE"):
+        process.url = running
+        yield process
+        return
     process.start()
     process.wait()
     yield process

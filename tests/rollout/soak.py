@@ -98,7 +98,7 @@ def main() -> int:
     print(f"seed {arguments.seed}", flush=True)
     with (
         tempfile.TemporaryDirectory() as name,
-        serve(Path(name) / "s3") as server,
+        serve(Path(name)) as server,
         Proxy.start(server.environ) as proxy,
     ):
         engine = EngineProcess(Path(name) / "engine.log")

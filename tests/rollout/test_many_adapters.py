@@ -27,7 +27,7 @@ OUTAGE = 60.0
 
 @pytest.fixture
 def proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with serve(tmp_path / "s3") as server, Proxy.start(server.environ) as started:
+    with serve(tmp_path) as server, Proxy.start(server.environ) as started:
         enter(started.environ, monkeypatch)
         yield started
 
