@@ -20,12 +20,12 @@ class Setup:
     """Adapters on the node's disk."""
     running: int = 64
     """Sequences at once."""
-    quantum: int = 8
+    quantum: int = 16
     """Sequences that a member starts in a turn while others wait for a slot."""
     patience: float = 5.0
     """Seconds after which a request goes before the round robin."""
     loads: int = 8
-    """Reads at once, and adapters of a call."""
+    """Reads at once."""
     share: float = 0.5
     """Most of the engine's time that registering may take, and of that at most half for what nobody waits for yet."""
     waiting: int = 512
@@ -58,6 +58,8 @@ class Costs:
     """Out of a node's disk, digest checked. Measured: 1 to 20 ms for the same sizes."""
     call: float = 0.005
     """A call that registers adapters, however many. Measured with the bulk plugin on 2 cores."""
+    batch: int = 1024
+    """Adapters of a call at most."""
     register: float = 0.00003
     """Each adapter of that call. Measured: 1,024 in 15 ms, 8,192 in 77 ms."""
     unload: float = 0.00001
@@ -73,18 +75,27 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value < 0:
-                raise ValueError(f"{name}: expected at least 0, found {value}")
+            least = 1 if isinstance(value, int) else 0
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
 
 
 BULK = Costs()
 """Adapters come to the engine in bulk, by the plugin."""
 
-NATIVE = Costs(call=0.0, register=0.019, unload=0.013)
+NATIVE = Costs(call=0.0, batch=1, register=0.019, unload=0.013)
 """One call an adapter, as SGLang 0.5.21 has it. Measured: 1,024 in 21 s from paths, 13 s to unload them."""
 
 PUBLISHED = Costs(
-    cold_read=0.05, call=0.0, register=1.36, unload=0.0, fill=0.009, prefill=0.00005, step=0.05, interleaved=1.5
+    cold_read=0.05,
+    call=0.0,
+    batch=1,
+    register=1.36,
+    unload=0.0,
+    fill=0.009,
+    prefill=0.00005,
+    step=0.05,
+    interleaved=1.5,
 )
 """A 30 B base on four GPUs as MinT describes it (arXiv 2605.13779): loads come one after the other, 1.36 s each (16 in
 1.375 to 23.267 s). What it does not give is assumed."""

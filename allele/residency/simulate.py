@@ -8,8 +8,8 @@ registers an adapter nobody gets a token. Three ways to deal with that are compa
 
   off        a request for a cold adapter loads it at once, a call each, as many as come; requests run first come first
              served
-  admission  at most `loads` are read at once, a call registers what is there, and calls take at most `share` of the
-             engine's time; requests run by Schedule; who would be the one too many is refused (429)
+  admission  at most `loads` are read at once, a call a step registers what is there, and calls take at most `share` of
+             the engine's time; requests run by Schedule; who would be the one too many is refused (429)
   two-phase  as admission, and a new revision is exposed when it is loaded; until then the old one answers
 
 What can mislead: steps cost the same whatever the length of the context, and one replica is alone.
@@ -228,7 +228,7 @@ class _Replica:
         for due, ahead in ((self._next_call, False), (self._next_ahead, True)):
             if self._now >= due or not self._running:  # while nothing runs there is no one to spare
                 batch += [adapter for adapter in self._read if (not self._flights[adapter]) == ahead]
-        del batch[self._setup.loads :]
+        del batch[self._costs.batch :]
         for adapter in batch:
             self._read.remove(adapter)
         return batch

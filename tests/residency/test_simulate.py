@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 
 import pytest
 
@@ -16,20 +17,22 @@ def outcomes(traffic: Traffic, setup: Setup, costs: Costs = BULK) -> dict[Mode, 
     return {mode: simulate(events, mode, setup=setup, costs=costs) for mode in Mode}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_readiness_admission_orders_as_published(seed: int) -> None:
+def test_readiness_admission_orders_as_published() -> None:
     """MinT (arXiv 2605.13779): warm p95 and stalls while cold revisions are activated. Off: 24.03 s and 10; admission:
-    9.71 s and 0; two-phase: 9.63 s and 0, as good as admission, and nobody waits for a load."""
-    traffic = Traffic(members=64, zipf=0.5, rate=1.0, burst=3.0, seconds=800.0, storm=32, seed=seed)
+    9.71 s and 0; two-phase: 9.63 s and 0, hardly better for who was warm, but nobody waits for a load."""
     setup = Setup(slots=16, warm=256, running=32, prompt=1024, loads=1, settle=400.0)
-    found = outcomes(traffic, setup, PUBLISHED)
-    off, admission, two_phase = (found[mode] for mode in (Mode.off, Mode.admission, Mode.two_phase))
-    assert off.warm_p95 and admission.warm_p95 and two_phase.warm_p95
-    assert off.warm_p95 > 1.1 * admission.warm_p95
-    assert admission.warm_p95 > two_phase.warm_p95
-    assert off.stalls > 3 * max(admission.stalls, two_phase.stalls)
-    assert off.p95 and admission.p95 and two_phase.p95
-    assert two_phase.p95 < 0.6 * min(off.p95, admission.p95)
+    found = []
+    for seed in range(8):
+        traffic = Traffic(members=64, zipf=0.5, rate=1.0, burst=4.0, seconds=800.0, storm=48, seed=seed)
+        off, admission, two_phase = outcomes(traffic, setup, PUBLISHED).values()
+        assert off.warm_p95 and admission.warm_p95 and two_phase.warm_p95
+        assert off.warm_p95 > 2.0 * max(admission.warm_p95, two_phase.warm_p95)
+        assert off.stalls > 2 * max(admission.stalls, two_phase.stalls)
+        assert off.p95 and admission.p95 and two_phase.p95
+        assert two_phase.p95 < 0.5 * min(off.p95, admission.p95)
+        found.append((admission.warm_p95 - two_phase.warm_p95, admission.stalls - two_phase.stalls))
+    assert statistics.fmean(p95 for p95, _ in found) > 0.0
+    assert statistics.fmean(stalls for _, stalls in found) > 0.0
 
 
 def test_a_new_revision_takes_no_request_before_it_is_loaded() -> None:
@@ -75,7 +78,7 @@ def test_an_engine_step_costs_more_when_adapters_interleave() -> None:
     setup = Setup(settle=0.0)
     grouped, mixed = (
         simulate(
-            [Request(0.0, m) for m in members], Mode.admission, setup=setup, costs=dataclasses.replace(BULK, fill=0)
+            [Request(0.0, m) for m in members], Mode.admission, setup=setup, costs=dataclasses.replace(BULK, fill=0.0)
         )
         for members in ("aaaabbbb", "abcdefgh")
     )
