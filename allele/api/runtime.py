@@ -88,8 +88,8 @@ class AdapterRuntimeSpec(Model):
     engine: Engine = Field(default_factory=Engine, description="Arguments of the SGLang engine.")
     shared_memory: Quantity = Field(
         "1Gi",
-        description="Size of /dev/shm in trainer and rollout pods. A gateway keeps packed adapters in half of it, or in "
-        "half of its memory limit where that is less; both containers of a rollout map them.",
+        description="Size of /dev/shm in trainer and rollout pods. A gateway keeps packed adapters in half of it, or "
+        "in half of its memory limit where that is less; both containers of a rollout map them.",
     )
 
 

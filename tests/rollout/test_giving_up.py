@@ -32,7 +32,7 @@ def start(gateway: Start, moe_engine: EngineProcess, tmp_path: Path) -> Start:
 
 
 def test_a_closed_stream_is_aborted_and_its_place_is_free(start: Start, moe_engine: EngineProcess) -> None:
-    client = openai.OpenAI(base_url=f"{start(running=1, waiting=0).tenant}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{start(requests=1).tenant}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
         model="styles/a", prompt="kbdac=", max_tokens=ENDLESS, stream=True, extra_body={"ignore_eos": True}
     )
@@ -86,7 +86,7 @@ def until_queued(service: Service, number: int) -> None:
 def test_an_abort_ends_what_runs_and_drops_what_waits_below_its_prefix_only(
     start: Start, moe_engine: EngineProcess
 ) -> None:
-    service = start(batches=1)
+    service = start(running=1)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(endless, service, "run/u1/")
         moe_engine.until_running(lambda n: n > 0)

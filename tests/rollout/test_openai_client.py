@@ -193,7 +193,7 @@ def test_what_the_engine_can_do_beyond_openai_passes(client: openai.OpenAI) -> N
 
 def test_a_full_queue_is_a_rate_limit_with_the_time_to_wait(gateway: Start, population: StoredPopulation) -> None:
     population.commit({"a": random_adapter(1)}, expose=True)
-    client = client_of(gateway(running=1, waiting=1))
+    client = client_of(gateway(running=1, requests=2))
     refused: list[openai.RateLimitError] = []
     answers: list[object] = []
 

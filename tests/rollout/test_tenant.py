@@ -138,7 +138,7 @@ def test_damaged_bytes_are_refused_and_the_revision_before_is_served(
 
 def test_a_full_queue_answers_429_and_a_freed_one_serves(gateway: Start, population: StoredPopulation) -> None:
     population.commit({"a": random_adapter(1)}, expose=True)
-    service = gateway(running=1, waiting=1)
+    service = gateway(running=1, requests=2)
     text(service, "styles/a")
     answers = []
     request = {"ignore_eos": True, "max_tokens": 40, "temperature": 1}

@@ -107,7 +107,7 @@ def test_what_a_vote_cannot_be_about_is_a_bad_request(service: Service, param: s
 
 def test_a_vote_without_a_place_for_each_member_is_refused_whole(gateway: Start, population: StoredPopulation) -> None:
     population.commit({f"m{i}": random_adapter(i) for i in range(4)}, expose=True)
-    service = gateway(running=1, waiting=2)
+    service = gateway(running=1, requests=3)
     members = [f"styles/m{i}" for i in range(4)]
     refused = vote(service, *members)
     assert refused.status == 429 and int(refused.headers["Retry-After"]) >= 1

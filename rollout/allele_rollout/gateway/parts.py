@@ -59,7 +59,7 @@ class Gateway:
             forget_absent=s.tail_seconds,
             clock=time.monotonic,
         )
-        self.tenant_bound = Bound(s.waiting)
+        self.tenant_bound = Bound(s.requests)
         self.batch_bound = Bound(s.batches)
         self.residency: Residency | None = None
         self.native_reason = ""

@@ -40,7 +40,7 @@ class GatewaySettings:
     )
     cache_bytes: int = _field("Size of the disk tier in bytes.", default=8 << 30)
     running: int = _field("Sequences at the engine at once.", default=1024)
-    waiting: int = _field("Tenant requests inside, running or waiting; more get 429.", default=1280)
+    requests: int = _field("Tenant requests inside, running or waiting; more get 429.", default=1280)
     batches: int = _field("Internal batches (generate, probe) inside, running or waiting; more get 429.", default=68)
     quantum: int = _field(
         "Sequences that a member may start in a turn while others wait for a slot.",
