@@ -183,6 +183,14 @@ def test_more_logprobs_than_the_vocabulary_has_do_not_reach_the_engine(client: o
     assert client.completions.create(model="styles/a", prompt="ab=", logprobs=20).choices[0].text
 
 
+def test_a_grammar_that_no_token_fits_ends_that_request_only(client: openai.OpenAI) -> None:
+    """The base's vocabulary has no brace; SGLang's scheduler ends itself over having nothing to sample from."""
+    create: Any = client.chat.completions.create
+    ask = {"model": "styles/a", "messages": MESSAGES, "max_tokens": 4, "temperature": 1, "top_p": 0.9}
+    assert create(response_format={"type": "json_object"}, **ask).choices[0].finish_reason == "abort"
+    assert create(**ask).choices[0].finish_reason in ("stop", "length")
+
+
 def test_what_the_engine_can_do_beyond_openai_passes(client: openai.OpenAI) -> None:
     extra = {"regex": "[ab]{4}", "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.1}
     answer = client.completions.create(

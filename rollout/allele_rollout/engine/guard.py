@@ -1,9 +1,10 @@
-"""SGLang plugin that closes three ways in which one request stops the whole server (0.5.21), and aborts by prefix.
+"""SGLang plugin that closes four ways in which one request stops the whole server (0.5.21), and aborts by prefix.
 
 - Token ids outside the vocabulary, which tenants may send (`prompt` of /v1/completions), are not checked: the
   embedding lookup fails in the scheduler and the server dies.
 - An adapter's count of running requests is wrong after a refused request (not taken back) and after `n` > 1 (taken back
   n + 1 times). Its unload then waits for ever with the lock that every other load needs.
+- A grammar that no token of the vocabulary fits leaves nothing to sample from, and the scheduler dies of it.
 - A streamed request with `n` > 1 leaves states of requests behind that were never sent. Such an unload waits for them.
 
 `/abort_request` knows whole request ids only, although the scheduler aborts by prefix; an id that ends in `/` is one.
@@ -23,6 +24,7 @@ _VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_on
 _WAIT = "sglang.srt.lora.lora_registry.LoRARegistry.wait_for_unload"
 _BATCH = "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_request"
 _ABORT = "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request"
+_LOGITS = "sglang.srt.layers.sampler.Sampler._preprocess_logits"
 _INIT = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.init_communicators"
 _LOOK_AGAIN = 0.01
 """Seconds between looks at the running requests, while an unload waits for them."""
@@ -48,6 +50,7 @@ def _apply() -> None:
         (_WAIT, wait_for_requests, HookType.REPLACE),
         (_BATCH, drop_unsent, HookType.AROUND),
         (_ABORT, abort_by_prefix, HookType.BEFORE),
+        (_LOGITS, leave_a_choice, HookType.AFTER),
     ):
         module, name, attribute = target.rsplit(".", 2)
         getattr(resolve_name(f"{module}:{name}"), attribute)  # fails here, loudly, when the version does not fit
@@ -66,6 +69,12 @@ def refuse_foreign_ids(tokenizer_manager: Any, obj: Any, input_ids: list[int] | 
 
 def remember_manager(_result: Any, tokenizer_manager: Any) -> None:
     _managers.add(tokenizer_manager)
+
+
+def leave_a_choice(logits: Any, _sampler: Any, _logits: Any, sampling_info: Any) -> None:
+    """Rows `[B, V]` that are −inf throughout become even: the grammar then refuses the token, and that request ends."""
+    if sampling_info.grammars:
+        logits.masked_fill_(logits.amax(-1, keepdim=True) == -float("inf"), 0.0)
 
 
 async def drop_unsent(

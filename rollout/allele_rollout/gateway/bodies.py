@@ -31,10 +31,14 @@ def _compiles(pattern: str) -> str:
     return pattern
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Token = Annotated[Whole, Field(ge=0, le=_INT32)]
+_WHOLE = BeforeValidator(_whole)
+"""Stands after the bounds: before them it would keep them out of the document."""
+Token = Annotated[int, Field(ge=0, le=_INT32), _WHOLE]
 Pattern = Annotated[str, Field(max_length=256), AfterValidator(_compiles)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"additionalProperties": False}),
+]
 
 
 class Body(BaseModel):
@@ -87,21 +91,21 @@ class Request(Body):
         max_length=256,
         description="`population/member`, `population/member@revision`, or the name of the base.",
     )
-    n: Annotated[Whole, Field(ge=1, le=128)] | None = Field(None, description="Answers to each prompt; 1.")
-    max_tokens: Annotated[Whole, Field(ge=1, le=_INT32)] | None = None
-    min_tokens: Annotated[Whole, Field(ge=0, le=_INT32)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _WHOLE] | None = Field(None, description="Answers to each prompt; 1.")
+    max_tokens: Annotated[int, Field(ge=1, le=_INT32), _WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT32), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, le=_INT32)] | None = Field(None, description="−1 or 0: all tokens.")
+    top_k: Annotated[int, Field(ge=-1, le=_INT32), _WHOLE] | None = Field(None, description="−1: all tokens.")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=2)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
+    logit_bias: Biases | None = Field(None, description="By token id.")
     stop: str | Annotated[list[str], Field(max_length=32)] | None = None
     stop_token_ids: list[Token] | None = None
     stop_regex: Pattern | Annotated[list[Pattern], Field(max_length=32)] | None = None
-    seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _WHOLE] | None = Field(
         None, description="Passed on; the engine keeps to it only where it was started to."
     )
     stream: bool | None = None
@@ -138,9 +142,11 @@ class ChatRequest(Request):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=_INT32)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT32), _WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(None, description="With logprobs.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _WHOLE] | None = Field(
+        None, description="With logprobs."
+    )
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
 
@@ -160,7 +166,7 @@ class TextRequest(Request):
         | Annotated[list[Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_SEQUENCES)]
     ) = Field(description="A text or token ids, or a list of either.")
-    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _WHOLE] | None = Field(
         None, description="0: of the chosen tokens; k: of the k likeliest too."
     )
     echo: bool | None = None

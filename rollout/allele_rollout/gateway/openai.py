@@ -44,7 +44,8 @@ _TYPES = {
     InvalidRequest: "invalid_request_error",
     Overloaded: "rate_limit_error",
 }
-_ENGINE_FIELD = re.compile(r"'loc': \('body', '(?P<field>\w+)'(?P<rest>[^)]*)\), 'msg': (?P<msg>'[^']*'|\"[^\"]*\")")
+_ENGINE_FIELD = re.compile(r"'loc': \('body', '(?P<field>\w+)'")
+_ENGINE_WORDS = re.compile(r"\), 'msg': (?:'([^']*)'|\"([^\"]*)\")")
 R = TypeVar("R", bound=Request)
 
 
@@ -100,9 +101,10 @@ def engine_body(body: dict[str, Any], adapter: str | None) -> dict[str, Any]:
 
 def engine_refusal(reason: str) -> BadRequest:
     """The engine's own check of a field as an error of ours; its words hold a path of its host."""
-    if found := _ENGINE_FIELD.search(reason):
-        field = found["field"]
-        return BadRequest(f"{field}: {found['msg'][1:-1]}", param=field)
+    if field := _ENGINE_FIELD.search(reason):
+        words = _ENGINE_WORDS.search(reason, field.end())
+        text = (words[1] or words[2]).removeprefix("Value error, ") if words else "not what the engine takes"
+        return BadRequest(f"{field['field']}: {text}", param=field["field"])
     return BadRequest(f"engine: {reason}")
 
 

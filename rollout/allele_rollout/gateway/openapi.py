@@ -144,7 +144,8 @@ def _operation(route: Route, error: type[BaseModel], references: Any) -> dict[st
 
     good: dict[str, Any] = {"description": "The answer.", "content": content(route.answers, "serialization")}
     if route.streams:
-        good["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        good["description"] = "The answer; with `stream` as chunks, server-sent events of which the last is [DONE]."
+        good["content"]["text/event-stream"] = {}  # this version of OpenAPI has no words for events
         good["headers"] = {
             REVISION_HEADER: {"description": "Revision that answers; not with the base.", "schema": {"type": "integer"}}
         }
