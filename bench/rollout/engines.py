@@ -32,8 +32,7 @@ PROMPT = (13, 4, 6, 3, 5, 2)
 def engine(*, slots: int, bare: bool) -> Iterator[str]:
     """URL of an engine with `slots` adapters beside the base in a batch; `bare`: without our plugins.
 
-    Without an accelerator the bare one keeps the plugin that lets SGLang run there at all, and that spares it a query
-    of free memory with each load, which would fork two processes: the rival is faster than as it comes.
+    Without an accelerator the bare one keeps the plugin that lets SGLang run there at all.
     """
     accelerator = torch.accelerator.is_available()
     port = free_port()

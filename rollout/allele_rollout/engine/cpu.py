@@ -46,7 +46,7 @@ def register() -> None:
 
 
 def _apply(torch: Any) -> None:
-    from sglang.srt.lora import layers, lora_manager
+    from sglang.srt.lora import layers
     from sglang.srt.lora.backend import torch_backend
     from sglang.srt.mem_cache.pool_host import common
 
@@ -54,9 +54,6 @@ def _apply(torch: Any) -> None:
     _replace(layers, "torch", unpinned)
     _replace(torch_backend, "torch", unpinned)
     _replace(torch.Tensor, "pin_memory", lambda self, *_args, **_kwargs: self)
-
-    # Two log lines of each load and unload ask for free memory, and on CPU that forks `lscpu` twice: 95 % of an unload.
-    _replace(lora_manager, "get_available_gpu_memory", lambda *_args, **_kwargs: 0.0)
 
     def pageable(dims: Any, dtype: Any, device: Any, **_: Any) -> Any:
         return torch.empty(dims, dtype=dtype, device=device)
