@@ -106,6 +106,7 @@ POOL = Kind(
         _status("Used", "slots.used", "Training slots in use."),
         _status("Slots", "slots.total", "Training slots."),
         _status("Rollouts", "replicas", "Ready rollout pods."),
+        _status("Publish", "publishPath", "How new revisions get into engines.", type_="string"),
         _status("Runs", "runs", "Runs that train here now."),
         _status("Endpoint", "endpoint", "OpenAI-compatible URL.", type_="string", priority=1),
         _message("Ready"),

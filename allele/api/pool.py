@@ -120,8 +120,34 @@ class Slots(Model):
     )
 
 
+class TierStatus(Model):
+    name: Literal["hot", "host", "disk"] = Field(
+        description="Hot: in the engines' slots. Host: in their host memory. Disk: on the nodes."
+    )
+    adapters: int = Field(0, description="Adapters in it; one counts once for each replica that has it.", ge=0)
+    bytes: int = Field(0, description="Their bytes.", ge=0)
+    capacity: int = Field(0, description="What there is room for: adapters, of disk bytes.", ge=0)
+
+
+class Engines(Model):
+    ready: int = Field(0, description="That answer.", ge=0)
+    starting: int = Field(0, description="That have not answered yet.", ge=0)
+    failed: int = Field(0, description="That answered and do not any more.", ge=0)
+
+
 class BasePoolStatus(Status):
     replicas: int = Field(0, description="Ready rollout pods.", ge=0, json_schema_extra={"format": "int32"})
+    engines: Engines | None = Field(None, description="Engines, as the gateways beside them say.")
+    tiers: list[TierStatus] | None = Field(
+        None,
+        description="Where adapters are, of all gateways that reported of late.",
+        max_length=3,
+        json_schema_extra=schema(list_type="map", list_map_keys=["name"]),
+    )
+    publish_path: Literal["Bulk", "Native", "Mixed"] | None = Field(
+        None,
+        description="How new revisions get into engines: Bulk in one call, Native one by one; Mixed: replicas differ.",
+    )
     selector: str = Field("", description="Label selector of the rollout pods (scale subresource).", max_length=512)
     job_set: str = Field("", description="Name of the JobSet that runs the pool.", max_length=63)
     endpoint: str = Field("", description="OpenAI-compatible URL inside the cluster.", max_length=512)

@@ -23,6 +23,16 @@ class TrainerSlots(Wire):
     reason: str = Field("", max_length=512)
 
 
+class Probes(Wire):
+    """What the newest probe of each member found."""
+
+    reason: Literal["ProbesPassed", "Gap", "NotMoved", "LoadFailed"]
+    """The gravest refusal, if any."""
+    failing: int = 0
+    """Members that are served by an older revision because their newest probe failed."""
+    message: str = Field("", max_length=1024)
+
+
 class Progress(Wire):
     """The whole state, not a difference: losing one report loses nothing."""
 
@@ -46,6 +56,8 @@ class Progress(Wire):
     dropped_samples: int = 0
     skipped_steps: int = 0
     exposure_max_gap: float | None = None
+    probes: Probes | None = None
+    """None before the first verdict."""
     message: str = Field("", max_length=1024)
     trainer: TrainerSlots | None = None
     stages: dict[str, float] = Field(default_factory=dict, max_length=16)

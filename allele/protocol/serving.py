@@ -11,6 +11,9 @@ from allele.protocol.wire import Wire
 Prefix = Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+/)+$", max_length=200)]
 """Of request ids, as `run/<uid>/`: it ends in `/`, so that run/1/ is none of run/10/."""
 
+Refusal = Literal["Gap", "NotMoved", "LoadFailed"]
+"""Why a revision may not be exposed: it is not what was trained, it does nothing new, or it cannot be served."""
+
 
 class Gate(Wire):
     """When a revision may be exposed. Gaps are of logprobs, over the probe's completion tokens."""
@@ -45,6 +48,8 @@ class ProbeResult(Wire):
     mean_gap: float | None = None
     move: float | None = None
     message: str = ""
+    outage: bool = False
+    """The replica is to blame, not the revision: its engine is starting, it is full, or its store is away."""
 
 
 class ProbeReply(Wire):
@@ -60,14 +65,14 @@ class Tier(Wire):
 
 
 class GatewayStatus(Wire):
-    """`GET /v1/status` on the internal port."""
+    """`GET /v1/status` on the internal port; pushed to the operator in a GatewayReport."""
 
     replica: str
     engine: Literal["Starting", "Ready", "Failed"]
     engine_version: str
     publish_path: Literal["Native", "Bulk"]
-    publish_path_message: str = ""
-    """Why adapters are published one by one."""
+    publish_path_message: str = Field("", max_length=512)
+    """Why adapters are published one by one, if they are."""
     base_digest: str
     tiers: tuple[Tier, ...]
     populations: dict[str, int]
@@ -83,3 +88,36 @@ class AbortRequest(Wire):
 class AbortReply(Wire):
     batches: int
     """Those that were waiting or running here; each is answered with all of its samples aborted."""
+
+
+class GatewayReport(Wire):
+    """`POST /v1/gateways` of the operator, or of `allele run`: the whole state of one replica.
+
+    Which replica it is, the operator knows from the token.
+    """
+
+    namespace: str
+    pool: str
+    status: GatewayStatus
+
+
+class Prefetch(Wire):
+    """`POST /v1/prefetch` on a gateway's internal port: these will be sampled soon, so have them loaded.
+
+    It replaces what the same run announced before; without targets that is all that it does.
+    """
+
+    namespace: str
+    population: str
+    run: str
+    """Uid."""
+    version: int
+    """Catalogue version that holds these revisions."""
+    targets: tuple[Target, ...] = Field(max_length=65536)
+    seconds: float = Field(gt=0, le=3600)
+    """For which they are kept."""
+
+
+class Prefetched(Wire):
+    taken: int
+    """Targets that there is room for; they are loaded when this is answered, or soon after."""

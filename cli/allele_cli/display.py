@@ -27,6 +27,7 @@ class Display:
         self._interactive = self._bar.console.is_terminal
         self._task = self._bar.add_task(title, total=None, note="starting")
         self._printed = -1
+        self._probes = "ProbesPassed"
 
     def __enter__(self) -> Display:
         if self._interactive:
@@ -45,6 +46,9 @@ class Display:
     def show(self, p: wire.Progress) -> None:
         note = p.phase if p.reward is None else f"reward {p.reward.mean:.3f} (worst {p.reward.worst:.2f})"
         note += f" · {p.committed} revisions, {p.exposed} exposed" if p.committed else ""
+        if p.probes is not None and p.probes.reason != self._probes:
+            self._probes = p.probes.reason
+            self.say(f"step {p.step}/{p.steps}: {p.probes.message}")
         self._bar.update(self._task, completed=p.step, total=p.steps, note=note)
         tenth = 10 * p.step // max(1, p.steps)
         if not self._interactive and tenth > self._printed:

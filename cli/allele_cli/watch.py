@@ -43,7 +43,7 @@ def watch(
 
 
 def waiting(status: dict[str, Any]) -> str:
-    """The first condition that keeps a run from going on, as a sentence."""
+    """The first condition that is not well, as a sentence."""
     for condition in status.get("conditions", ()):
         if condition["status"] != "True" and condition["type"] not in ENDED:
             return f"{condition['type']} is {condition['status']}: {condition['reason']}: {condition['message']}"

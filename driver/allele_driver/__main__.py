@@ -24,6 +24,7 @@ from allele.store.address import FORMS
 from allele_driver import logs, wire
 from allele_driver.environments.scoring import EnvironmentFailed
 from allele_driver.loop import record, setup
+from allele_driver.loop.announcer import Announcer
 from allele_driver.loop.exposer import Exposer
 from allele_driver.loop.ledger import Ledger
 from allele_driver.loop.probes import with_probes
@@ -175,6 +176,7 @@ async def _drive(
             roller=roller,
             ledger=ledger,
             exposer=Exposer(gateways, gate_of(bundle)),
+            announcer=Announcer(gateways, run=bundle.run_uid),
             origin=record.Origin(
                 bundle=bundle,
                 fence=ledger.fence,

@@ -21,4 +21,7 @@ VERDICTS = Counter("allele_run_probe_verdicts_total", "Verdicts of probes, all r
 EXPOSURE_GAP = Gauge("allele_run_exposure_gap", "Largest |served − trained| log-probability of the last probes")
 RECOVERIES = Counter("allele_run_recoveries_total", "Resets of the trainer after the first", ["reason"])
 RETRIES = Counter("allele_run_retries_total", "Calls repeated after a transient failure", ["role"])
+PREFETCH_FAILURES = Counter(
+    "allele_run_prefetch_failures_total", "Announcements of the next cohort that a replica did not take"
+)
 REPORT_FAILURES = Counter("allele_run_report_failures_total", "Progress reports that were not taken")

@@ -19,8 +19,9 @@ import aiohttp
 
 from allele.api.run import Sampling
 from allele.protocol.samples import COMPLETIONS, MEDIA_TYPE, PROMPTS, Generate, Generated, decode, encode
-from allele.protocol.serving import Gate, GatewayStatus, ProbeReply, ProbeRequest, ProbeResult, Target
+from allele.protocol.serving import Gate, GatewayStatus, Prefetch, ProbeReply, ProbeRequest, ProbeResult, Target
 from allele_driver import wire
+from allele_driver.metrics import PREFETCH_FAILURES
 from allele_driver.patience import TRANSIENT, Patience
 from allele_driver.rollouts import Drawn
 
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 SAMPLE_ATTEMPTS = 3
 """Times that a prompt is asked for before its failed samples are dropped."""
 
+PREFETCH_SECONDS = 5.0
+"""How long a replica may take to note an announcement."""
 PROBE_SECONDS = 60.0
 """How long a replica may be silent before a probe counts as failed there; the next revision is probed anew."""
 
@@ -184,6 +187,28 @@ class Gateways:
         found = await asyncio.gather(*(self._probe_one(r, body) for r in replicas))
         return dict(zip(replicas, found, strict=True))
 
+    async def prefetch(self, targets: Sequence[Target], *, run: str, version: int, seconds: float) -> None:
+        """Tell every replica which of its members are sampled next; each is told, some with none, and may refuse.
+
+        A replica that does not answer costs only that its adapters are loaded when they are needed.
+        """
+        replicas = await self.replicas()
+        shares: dict[str, list[Target]] = {r: [] for r in replicas}
+        for t in targets:
+            shares[replica_of(t.member, replicas)].append(t)
+        head = {"namespace": self._namespace, "population": self._population, "run": run, "version": version}
+
+        async def tell(replica: str, share: Sequence[Target]) -> None:
+            body = Prefetch.model_validate(head | {"targets": tuple(share), "seconds": seconds})
+            async with asyncio.timeout(PREFETCH_SECONDS):
+                await wire.post(self._session, f"{replica}/v1/prefetch", body.model_dump_json().encode())
+
+        found = await asyncio.gather(*(tell(r, share) for r, share in shares.items()), return_exceptions=True)
+        for replica, outcome in zip(shares, found, strict=True):
+            if isinstance(outcome, Exception):
+                PREFETCH_FAILURES.inc()
+                log.info("prefetch refused by %s: %s: %s", replica, type(outcome).__name__, outcome)
+
     async def _probe_one(self, replica: str, body: ProbeRequest) -> list[ProbeResult]:
         data = body.model_dump_json().encode()
 
@@ -195,7 +220,7 @@ class Gateways:
         except TRANSIENT as e:
             silent = f"{replica}: no answer in {PROBE_SECONDS:g} s: {type(e).__name__}: {e}"
             return [
-                ProbeResult(member=t.member, revision=t.revision, verdict="LoadFailed", message=silent)
+                ProbeResult(member=t.member, revision=t.revision, verdict="LoadFailed", message=silent, outage=True)
                 for t in body.targets
             ]
         return list(ProbeReply.model_validate_json(reply).results)

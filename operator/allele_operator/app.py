@@ -14,6 +14,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
 from typing import Any
 
 from kubernetes.aio.client.api_client import ApiClient
@@ -29,10 +30,11 @@ from allele_operator.cluster.transport import Transport, connect
 from allele_operator.handlers import shell
 from allele_operator.metrics import Metrics
 from allele_operator.planning.model import CHILDREN, PLANNED, Options, Ref
-from allele_operator.planning.render.driver import AUDIENCE
+from allele_operator.planning.render.pods import AUDIENCE
 from allele_operator.progress.caller import Reviewer
-from allele_operator.progress.endpoint import ProgressEndpoint
-from allele_operator.progress.reports import Reports
+from allele_operator.progress.endpoint import Endpoint
+from allele_operator.progress.reports import GatewayReports, Reports
+from allele_operator.progress.takers import gateway_taker, run_taker
 from allele_operator.reconcile import Reconciler
 from allele_operator.settings import Settings
 from allele_operator.watching import Watching
@@ -62,11 +64,11 @@ class Operator:
         self.kube = Kube(
             make_transport(api, timeout=settings.request_timeout, fence=self.lease.valid, observe=self.metrics.request)
         )
-        self.reports = Reports()
+        self.reports, self.gateways = Reports(), GatewayReports()
         self.queue: WorkQueue[Ref] = WorkQueue(backoff=settings.backoff, longest=settings.backoff_limit)
         self.stop = asyncio.Event()
         self.warm = False
-        self.cache = Cache(_options(settings, backend="JobSet"), progress=self.reports.get)
+        self.cache = Cache(_options(settings, backend="JobSet"), progress=self.reports.get, gateways=self.gateways.of)
         home = {"kind": "Lease", "metadata": {"namespace": settings.lease_namespace, "name": settings.lease_name}}
         events = EventRecorder(self.kube, instance=self.lease.identity, home=home, lost=self.metrics.event_lost)
         self.reconciler = Reconciler(
@@ -76,22 +78,20 @@ class Operator:
             events=events,
             metrics=self.metrics,
             status_interval=settings.status_interval,
-            forget=self.reports.forget,
+            forget=self._forget,
         )
         self.metrics.follow(self._gauges, self.cache.count)
 
     async def run(self) -> None:
         """Until SIGTERM. LeaseLost, FenceShut or a task's own error end it at once."""
+        reviewer = Reviewer(self.kube, audience=AUDIENCE)
+        takers = (
+            run_taker(self.reports, self.cache, reported=self.reconciler.reported),
+            gateway_taker(self.gateways, self.cache, reported=self.queue.add),
+        )
         runner, port = await server.serve(
             self.settings.listen,
-            progress=ProgressEndpoint(
-                reviewer=Reviewer(self.kube, audience=AUDIENCE),
-                reports=self.reports,
-                world=self.cache,
-                reported=self.reconciler.reported,
-                leader=self._leader,
-                metrics=self.metrics,
-            ),
+            endpoints=[Endpoint(t, reviewer=reviewer, leader=self._leader, metrics=self.metrics) for t in takers],
             metrics=self.metrics,
             unhealthy=self.unhealthy,
             unready=self.unready,
@@ -152,7 +152,7 @@ class Operator:
             namespaces=self.settings.namespace,
         )
         await self._watching.list_all()
-        self.warm = True
+        self.warm, self.cache.listening = True, datetime.now(UTC)
         log.info("leading", extra={"backend": backend, "objects": self.cache.count()})
 
     async def _backend(self) -> str:
@@ -210,6 +210,10 @@ class Operator:
         if self.lease.leading and self.warm:
             return None
         return _address(self.lease.holder) if not self.lease.leading else ""
+
+    def _forget(self, uid: str) -> None:
+        self.reports.forget(uid)
+        self.gateways.forget(uid)
 
     def _gauges(self) -> dict[str, float]:
         return {

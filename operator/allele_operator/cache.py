@@ -8,21 +8,30 @@ watch was broken; `settle` removes it after each listing.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 
 from allele.protocol.progress import Progress
-from allele_operator.planning.model import Obj, Options, Ref
+from allele_operator.planning.model import GatewaySeen, Obj, Options, Ref
 from allele_operator.planning.observe import project
 
 _TOMBSTONES = 4096
 
 
 class Cache:
-    """The World of the plans. `progress` gives the newest report of a run by its uid."""
+    """The World of the plans. `progress` gives the newest report of a run by its uid, `gateways` those of a pool's."""
 
-    def __init__(self, options: Options, *, progress: Callable[[str], Progress | None]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        *,
+        progress: Callable[[str], Progress | None],
+        gateways: Callable[[str], Sequence[GatewaySeen]],
+    ) -> None:
         self.options = options
+        self.listening = datetime.now(UTC)
         self._progress = progress
+        self._gateways = gateways
         self._objects: dict[Ref, Obj] = {}
         self._places: defaultdict[tuple[str, str], dict[str, Ref]] = defaultdict(dict)
         self._owned: defaultdict[str, set[Ref]] = defaultdict(set)
@@ -48,6 +57,9 @@ class Cache:
 
     def progress(self, uid: str) -> Progress | None:
         return self._progress(uid)
+
+    def gateways(self, uid: str) -> Sequence[GatewaySeen]:
+        return self._gateways(uid)
 
     def refs(self, *kinds: str) -> list[Ref]:
         return [r for r in self._objects if r.kind in kinds]

@@ -180,6 +180,7 @@ class Reconciler:
                 message=event.message,
                 action="Reconcile",
                 outlives=event.outlives,
+                flickers=event.flickers,
             )
         return "ok"
 

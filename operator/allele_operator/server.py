@@ -1,13 +1,13 @@
-"""The operator's HTTP server: progress reports, liveness, readiness, metrics."""
+"""The operator's HTTP server: reports, liveness, readiness, metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
 
 from allele_operator.metrics import Metrics
-from allele_operator.progress.endpoint import PATH, ProgressEndpoint
+from allele_operator.progress.endpoint import Endpoint
 
 _REPORT_BYTES = 64 * 1024
 
@@ -15,7 +15,7 @@ _REPORT_BYTES = 64 * 1024
 async def serve(
     listen: str,
     *,
-    progress: ProgressEndpoint,
+    endpoints: Sequence[Endpoint],
     metrics: Metrics,
     unhealthy: Callable[[], str],
     unready: Callable[[], str],
@@ -35,7 +35,7 @@ async def serve(
     app = web.Application(client_max_size=_REPORT_BYTES)
     app.add_routes(
         [
-            web.post(PATH, progress.post),
+            *(web.post(e.path, e.post) for e in endpoints),
             web.get("/healthz", probe(unhealthy)),
             web.get("/readyz", probe(unready)),
             web.get("/metrics", scrape),

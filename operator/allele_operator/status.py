@@ -11,9 +11,15 @@ from typing import Any
 from allele_operator.planning.model import Obj
 
 MOVING = frozenset(
-    {"progress", "reward", "policyLag", "members", "trained", "failed", "committed", "exposed", "revisions", "slots"}
+    {
+        *("progress", "reward", "policyLag", "members", "trained", "failed", "committed", "exposed", "revisions"),
+        *("slots", "tiers", "engines", "publishPath"),
+    }
 )
-"""Fields of a status that follow the reports of drivers."""
+"""Fields of a status that follow the reports of drivers and gateways."""
+
+MOVING_CONDITIONS = frozenset({"Exposed", "BulkPublishing"})
+"""Conditions that do: what probes find may differ with each step."""
 
 
 def merge_patch(old: Obj, new: Obj) -> Obj:
@@ -38,6 +44,8 @@ def _still(status: Obj) -> dict[str, Any]:
     """Without what moves with each step: "step 3 of 40" is a sentence of a true condition."""
     kept = {k: v for k, v in status.items() if k not in MOVING}
     kept["conditions"] = [
-        {k: v for k, v in c.items() if k != "message" or c["status"] != "True"} for c in status.get("conditions") or ()
+        {k: v for k, v in c.items() if k != "message" or c["status"] != "True"}
+        for c in status.get("conditions") or ()
+        if c["type"] not in MOVING_CONDITIONS
     ]
     return kept

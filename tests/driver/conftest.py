@@ -52,11 +52,15 @@ def pool(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
     folder = tmp_path_factory.mktemp("pool")
     store = f"file://{folder}/store"
     tenant, internal, trainer_port = free_port(), free_port(), free_port()
+    faults = folder / "faults.json"
+    faults.write_text("{}")
     gateway = Process(
-        "allele_rollout.gateway",
+        "tests.driver.faulty_gateway",
+        str(faults),
         *("--engine", engine, "--store", store, "--namespace", NAMESPACE, "--base-name", "tiny"),
         *("--base-digest", DIGEST, "--slots", str(SLOTS), "--cache-dir", str(folder / "cache")),
         *("--listen", f"127.0.0.1:{tenant}", "--internal", f"127.0.0.1:{internal}"),
+        *("--peer", f"http://127.0.0.1:{trainer_port}"),
         log=folder / "gateway.log",
     )
     trainer = Process(
@@ -70,6 +74,8 @@ def pool(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool
         trainer=trainer,
         trainer_url=f"http://127.0.0.1:{trainer_port}",
         gateway_url=f"http://127.0.0.1:{internal}",
+        tenant_url=f"http://127.0.0.1:{tenant}",
+        faults=faults,
     )
     try:
         gateway.start()

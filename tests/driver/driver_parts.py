@@ -147,6 +147,9 @@ class Pool:
     trainer: Process
     trainer_url: str
     gateway_url: str
+    tenant_url: str
+    faults: Path
+    """What the gateway does wrong: see `faulty_gateway`."""
 
     def start_trainer(self) -> None:
         self.trainer.start()
@@ -221,6 +224,13 @@ class DrivenRun:
 
     def facts(self) -> list[Fact]:
         return list(self.population.catalogue.facts())
+
+    def exposed(self) -> dict[str, list[int]]:
+        """Revisions by member, as they were exposed."""
+        found: dict[str, list[int]] = {}
+        for fact in (f for f in self.facts() if f.kind == "Exposed"):
+            found.setdefault(fact.member, []).append(fact.revision or 0)
+        return found
 
     def committed(self) -> dict[str, list[Fact]]:
         """By member, in order of revision."""

@@ -14,9 +14,10 @@ from aiohttp import web
 from allele.api.run import Sampling
 from allele.protocol.errors import Unavailable
 from allele.protocol.samples import COMPLETIONS, PROMPTS, Generate, Generated, decode, encode
-from allele.protocol.serving import Gate, ProbeReply, ProbeRequest, ProbeResult, Target
+from allele.protocol.serving import Gate, Prefetch, Prefetched, ProbeReply, ProbeRequest, ProbeResult, Target
 from allele_driver import sampling
 from allele_driver.exposure import combined
+from allele_driver.metrics import PREFETCH_FAILURES
 from allele_driver.patience import Patience, Stopping
 from allele_driver.rollouts import Drawn
 from allele_driver.sampling import Ask, Gateways, replica_of, resolve
@@ -35,12 +36,15 @@ class Replica:
         self.failing = 0
         self.bad_samples = 0
         self.verdict = "Passed"
+        self.announced: list[Prefetch] = []
+        self.refuses = False
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         app = web.Application()
         app.router.add_post("/v1/generate", self._generate)
         app.router.add_post("/v1/probe", self._probe)
+        app.router.add_post("/v1/prefetch", self._prefetch)
         self._runner = web.AppRunner(app)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", int(self.url.rsplit(":", 1)[1])).start()
@@ -79,6 +83,12 @@ class Replica:
             for t in body.targets
         )
         return web.Response(body=ProbeReply(results=results, seconds=0).model_dump_json())
+
+    async def _prefetch(self, request: web.Request) -> web.Response:
+        if self.refuses:
+            return web.json_response({"code": "Overloaded", "message": "full"}, status=429)
+        self.announced.append(Prefetch.model_validate_json(await request.read()))
+        return web.Response(body=Prefetched(taken=0).model_dump_json())
 
 
 @pytest_asyncio.fixture
@@ -155,7 +165,7 @@ async def test_one_replica_that_disagrees_is_enough(gateways: Gateways, replicas
     assert verdicts[0].max_gap == pytest.approx(3e-6)
     replicas[2].verdict = "Gap"
     verdicts = combined(await gateways.probe(targets, gate=Gate(), version=1))
-    assert [v.verdict for v in verdicts] == ["Gap", "Gap"]
+    assert [(v.refusal, v.outage) for v in verdicts] == [("Gap", False)] * 2
     assert replicas[2].url in verdicts[0].message
 
 
@@ -165,14 +175,39 @@ async def test_a_silent_replica_has_not_passed(
     monkeypatch.setattr(sampling, "PROBE_SECONDS", 0.3)
     await replicas[0].stop()
     (verdict,) = combined(await gateways.probe([Target(member="m", revision=2)], gate=Gate(), version=1))
-    assert verdict.verdict == "LoadFailed"
+    assert verdict.refusal == "LoadFailed" and verdict.outage, "the revision is not to blame"
     assert replicas[0].url in verdict.message
 
 
 def test_a_target_that_a_replica_leaves_out_has_not_passed() -> None:
     passed = ProbeResult(member="m", revision=2, verdict="Passed", max_gap=1e-6)
     (verdict,) = combined({"a": [passed], "b": []})
-    assert not verdict.passed
+    assert not verdict.passed and verdict.outage
+
+
+def test_what_a_replica_found_out_is_told_before_the_silence_of_another() -> None:
+    silent = ProbeResult(member="m", revision=2, verdict="LoadFailed", message="no answer", outage=True)
+    gap = ProbeResult(member="m", revision=2, verdict="Gap", max_gap=0.3, mean_gap=0.1, move=0.2, message="too far")
+    (verdict,) = combined({"a": [silent], "b": [gap], "c": []})
+    assert (verdict.refusal, verdict.outage, verdict.mean_gap, verdict.move) == ("Gap", False, 0.1, 0.2)
+
+
+async def test_each_replica_is_told_of_its_members_and_a_refusal_is_only_counted(
+    gateways: Gateways, replicas: list[Replica]
+) -> None:
+    urls = [r.url for r in replicas]
+    targets = [Target(member=m, revision=2) for m in MEMBERS]
+    await gateways.prefetch(targets, run="uid", version=3, seconds=90)
+    for r in replicas:
+        (told,) = r.announced
+        assert [t.member for t in told.targets] == [m for m in MEMBERS if replica_of(m, urls) == r.url]
+        assert (told.run, told.version, told.seconds) == ("uid", 3, 90)
+    replicas[0].refuses = True
+    await replicas[1].stop()
+    failures = PREFETCH_FAILURES._value.get()
+    await gateways.prefetch([], run="uid", version=3, seconds=90)
+    assert PREFETCH_FAILURES._value.get() == failures + 2
+    assert [t.targets for t in replicas[2].announced[1:]] == [()]
 
 
 async def test_a_name_resolves_to_one_url_for_each_address() -> None:

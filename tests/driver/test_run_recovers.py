@@ -108,7 +108,8 @@ def test_a_failing_probe_keeps_the_revision_before_and_is_reported(run: Callable
     last = gated.progress.reports[-1]
     assert last.exposed == 0
     assert last.exposure_max_gap is not None and last.exposure_max_gap > 1e-9
-    assert any("stays exposed" in line["message"] and line.get("max_gap") for line in driver.lines())
+    assert last.probes is not None and (last.probes.reason, last.probes.failing) == ("Gap", 2)
+    assert any("of at most 1e-09" in line["message"] and line.get("failed") == 2 for line in driver.lines())
 
 
 BROKEN = """

@@ -11,7 +11,7 @@ POOL = Ref("BasePool", "team", "pool")
 
 
 def cache() -> Cache:
-    return Cache(Options(operator_url="http://operator", image="image"), progress=lambda _: None)
+    return Cache(Options(operator_url="http://operator", image="image"), progress=lambda _: None, gateways=lambda _: ())
 
 
 def raw(name: str = "pool", *, version: int, uid: str = "uid-1", kind: str = "BasePool", **more: Any) -> dict[str, Any]:

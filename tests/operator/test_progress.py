@@ -109,3 +109,35 @@ def test_nothing_is_written_at_rest(ready_team: Team, operators: StartOperator) 
     again = operators(team, lease="second").wait_until_leading()
     settled(again, quiet=12)
     assert again.writes() == 0, f"a restart has nothing to say: {again.metrics()}"
+
+
+def test_a_probe_that_fails_is_a_condition_and_one_event_and_passes_with_the_next(
+    training: tuple[Team, OperatorProcess],
+) -> None:
+    team, operator = training
+    bearer = token(team, driver_pod(team))
+
+    def tell(reason: str, failing: int, message: str) -> None:
+        probes = {"reason": reason, "failing": failing, "message": message}
+        assert post(operator, bearer, report_of(team, probes=probes)) == (200, {"accepted": True})
+
+    def notes(kind: str, reason: str) -> list[str]:
+        events = team.items("events.events.k8s.io")
+        return [e["note"] for e in events if (e["regarding"]["kind"], e["reason"]) == (kind, reason)]
+
+    for step in range(3):
+        said = f"g-0003@{step}: Gap (max gap 0.3{step} of at most 0.0001)"
+        tell("Gap", 1, said)
+        assert said in team.until("rlrun", "run", "Exposed", status="False", reason="Gap", words=said)
+        assert "RLRun run: " in team.until("apop", "population", "Exposed", status="False", reason="Gap", words=said)
+    team.until("rlrun", "run", "Running", status="True")
+    assert [n[:8] for n in notes("RLRun", "Gap")] == ["g-0003@0"], "numbers of later steps are in the condition"
+    assert len(notes("AdapterPopulation", "Gap")) == 1
+
+    tell("NotMoved", 2, "g-0003@4 and g-0001@4")
+    team.until("rlrun", "run", "Exposed", status="False", reason="NotMoved")
+    until("another kind is another event", lambda: len(notes("RLRun", "NotMoved")) == 1)
+    tell("ProbesPassed", 0, "the newest probe of every member passed")
+    team.until("rlrun", "run", "Exposed", status="True", reason="ProbesPassed")
+    team.until("apop", "population", "Exposed", status="True", reason="ProbesPassed")
+    assert [len(notes("RLRun", reason)) for reason in ("Gap", "NotMoved")] == [1, 1]

@@ -57,6 +57,7 @@ CONDITION = OLD["conditions"][0]
 LATER = {
     "steps": changed(progress={"step": 4, "steps": 40}),
     "a sentence": changed(conditions=[CONDITION | {"message": "step 4 of 40"}]),
+    "what probes find": changed(conditions=[CONDITION, {"type": "Exposed", "status": "False", "reason": "Gap"}]),
 }
 NOW = {
     "the phase": changed(phase="Succeeded"),

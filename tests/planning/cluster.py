@@ -22,6 +22,7 @@ from allele_operator.planning.model import (
     Create,
     Delete,
     DropFinalizer,
+    GatewaySeen,
     Obj,
     Options,
     Patch,
@@ -51,6 +52,8 @@ class Cluster:
         self.ending = False
         self.ready = True
         self.reports: dict[str, Progress] = {}
+        self.listening = START
+        self.seen: dict[str, list[GatewaySeen]] = {}
         self.log: list[str] = []
         self._objects: dict[Ref, Obj] = {}
         self._serial = 0
@@ -78,6 +81,9 @@ class Cluster:
 
     def progress(self, uid: str) -> Progress | None:
         return self.reports.get(uid)
+
+    def gateways(self, uid: str) -> list[GatewaySeen]:
+        return self.seen.get(uid, [])
 
     # What users and controllers do.
 

@@ -14,7 +14,7 @@ from allele.api.population import Retention
 from allele.api.run import RLRunSpec
 from allele.api.runtime import AdapterRuntimeSpec
 from allele.api.store import AdapterStoreSpec
-from allele_operator.planning import admission
+from allele_operator.planning import admission, naming
 from allele_operator.planning.collection import kept
 from allele_operator.planning.model import Obj, Options, Ref
 from allele_operator.planning.own_pool import own_pool
@@ -71,6 +71,8 @@ def _pool(
         spec=BasePoolSpec.model_validate(body["spec"]),
         runtime=AdapterRuntimeSpec.model_validate((with_runtime or runtime())["spec"]),
         store=StoreAccess.of(AdapterStoreSpec.model_validate((with_store or a_store())["spec"])),
+        report_url=options.operator_url,
+        trainer_url=naming.trainer_url(body["metadata"]["name"], "ns", options),
     )
     return [*render.services(body, parts), *render.workloads(body, parts, options)[1]]
 

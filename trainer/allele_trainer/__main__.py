@@ -22,6 +22,7 @@ from allele_trainer.server import logs
 from allele_trainer.server.app import Server
 from allele_trainer.server.capacity import Capacity, probe, waves_of
 from allele_trainer.server.metrics import Metrics
+from allele_trainer.server.recent import Recent
 from allele_trainer.server.store import RunFactors, RunStore
 from allele_trainer.server.trainer import Limits, Trainer
 
@@ -62,6 +63,12 @@ def arguments() -> argparse.ArgumentParser:
         "--host-memory",
         type=int,
         help="bytes for rows that are in no slot (default: half of what is free at the start)",
+    )
+    parser.add_argument(
+        "--recent-memory",
+        type=int,
+        default=1 << 30,
+        help="bytes of the last exports that are kept for gateways, on rank 0 (default: 1 GiB)",
     )
     parser.add_argument("--max-rank", type=int, default=8, help="largest rank of an adapter (default: 8)")
     parser.add_argument(
@@ -141,7 +148,14 @@ def main(argv: list[str] | None = None) -> None:
         store=RunFactors(Objects.open(args.store), args.base_digest),
         ranks=model.ranks,
     )
-    trainer = Trainer(model, open_store=open_store, limits=limits, initialiser=initialiser, image=args.image)
+    trainer = Trainer(
+        model,
+        open_store=open_store,
+        limits=limits,
+        initialiser=initialiser,
+        recent=Recent(args.recent_memory if model.ranks.rank == 0 else 0),  # the only rank that is asked
+        image=args.image,
+    )
     incarnation = model.ranks.broadcast(str(ULID()).encode() if model.ranks.rank == 0 else None).decode()
     server = Server(trainer, incarnation=incarnation, base_digest=args.base_digest, metrics=Metrics())
     host, _, port = args.listen.rpartition(":")

@@ -102,7 +102,13 @@ def pool_parts(plan: Plan) -> PoolParts:
         rollout=Rollout(replicas=1, slots=plan.slots),
     )
     return PoolParts(
-        name=plan.pool, namespace=plan.namespace, spec=spec, runtime=plan.runtime, store=store_access(plan.store)
+        name=plan.pool,
+        namespace=plan.namespace,
+        spec=spec,
+        runtime=plan.runtime,
+        store=store_access(plan.store),
+        report_url=OPTIONS.operator_url,
+        trainer_url=naming.trainer_url(plan.pool, plan.namespace, OPTIONS),
     )
 
 
@@ -158,9 +164,9 @@ def local_pods(plan: Plan, ports: Ports, *, token: str) -> dict[str, LocalPod]:
     """Trainer, rollout and driver as processes; writes the driver's files below `plan.out`."""
     where = addresses(plan, ports)
     pool, driver = pool_parts(plan), driver_parts(plan)
-    given = {
+    tokens = {"token": write_files(plan.out / "token", [("token", token)])}
+    given = tokens | {
         "run": write_files(plan.out / "driver/run", [("run.json", run_json(driver.bundle))]),
-        "token": write_files(plan.out / "driver/token", [("token", token)]),
         "code": plan.code or plan.out / "driver/code",
     }
     if plan.manifests.is_dir():
@@ -175,7 +181,7 @@ def local_pods(plan: Plan, ports: Ports, *, token: str) -> dict[str, LocalPod]:
             name=name,
             root=plan.out / name,
             addresses=where,
-            given=given if name == "driver" else {},
+            given=given if name == "driver" else tokens,
             restarts=restarts.get(name, POOL_RESTARTS),
         )
         for name, pod in pods.items()
@@ -232,7 +238,7 @@ async def session(plan: Plan, display: Display) -> AsyncIterator[Session]:
             f"base {plan.base}: expected {plan.population_spec.base.digest} as in the population, found {digest}"
         )
     ports = Ports.free()
-    reports = Reports(display.show)
+    reports = Reports(display.show, say=display.say)
     await reports.start(ports.report)
     running = Session(plan, ports, local_pods(plan, ports, token=reports.token), reports, display)
     try:

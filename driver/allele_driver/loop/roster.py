@@ -38,6 +38,10 @@ class Roster:
         """Who trains in a step, out of those that are ready."""
         return [m for m in cohort(self.members, step=step, size=self._spec.pace.cohort) if m.name in ready]
 
+    def sampled(self, step: int, *, ready: Collection[str]) -> list[Member]:
+        """Of these, whose revisions gateways will be asked for."""
+        return [m for m in self.cohort(step, ready=ready) if not self.part(m.name).reads]
+
     def recipe(self, member: str) -> Recipe:
         return self.part(member).recipes[member]
 

@@ -18,6 +18,7 @@ from allele.protocol.serving import Target
 from allele.store import Fact
 from allele_driver.failures import Failures
 from allele_driver.loop import heldout, record
+from allele_driver.loop.announcer import Announcer
 from allele_driver.loop.exposer import Exposer
 from allele_driver.loop.ledger import Ledger
 from allele_driver.loop.recorder import Recorder
@@ -53,6 +54,7 @@ class Equipment:
     roller: Roller
     ledger: Ledger
     exposer: Exposer
+    announcer: Announcer
     origin: record.Origin
     voice: Voice
     stopping: asyncio.Event
@@ -110,6 +112,7 @@ class Run:
             return True
         finally:
             await self._cancel_ahead()
+            await self._with.announcer.cancel()
             await self._with.exposer.cancel()
 
     async def _release(self) -> None:
@@ -182,7 +185,8 @@ class Run:
         first = await self._first_revisions(before)
         told = {f.member for f in first}
         again = heldout.restated(before, but=told, current=self._current, index=self._index)
-        await self._commit(0, [*first, *self._abandoned, *again])
+        version = await self._commit(0, [*first, *self._abandoned, *again])
+        self._announce(1, version=version, seconds=0.0)
         log.info(
             "first revisions committed", extra={"step": 0, "members": len(first), heldout.HELDOUT: heldout.mean(before)}
         )
@@ -225,9 +229,11 @@ class Run:
         )
         first = await self._first_revisions({})
         with stages("expose"):
-            exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
+            exposed = await self._exposed()
         with stages("commit"):
             version = await self._commit(step, [*made, *first, *self._abandoned, *exposed])
+        ahead = 1 if self._spec.pace.max_policy_lag > 0 else 0  # the next step is being sampled already
+        self._announce(step + 1 + ahead, version=version, seconds=time.monotonic() - began)
         self._after_commit = {s: stages.seconds[s] for s in ("expose", "commit")}
         self._probe([Target(member=f.member, revision=f.revision or 0) for f in made], version=version)
         self._voice.tally.policy_lag = max((lag for found in lags.values() for lag in found), default=0)
@@ -235,9 +241,6 @@ class Run:
             step,
             rollouts,
             trained,
-            failed=self._failures.stopped,
-            max_gap=self._with.exposer.max_gap,
-            message=self._with.exposer.failure,
             stages=stages,
             seconds=time.monotonic() - began,
         )
@@ -285,6 +288,22 @@ class Run:
         self._voice.tally.count(dataclasses.replace(f, run=run, step=step) for f in facts)
         return version
 
+    async def _exposed(self) -> list[Fact]:
+        """What the probes of the step before let be served; members that they refuse too often stop."""
+        exposer = self._with.exposer
+        exposed = await exposer.finish(self._index, abandoned=self._abandoned)
+        for verdict in exposer.verdicts:
+            self._failures.probed(verdict, gate=exposer.gate)
+        self._voice.exposure(exposer, failed=self._failures.stopped)
+        return exposed
+
+    def _announce(self, step: int, *, version: int, seconds: float) -> None:
+        """Have gateways load what `step` will sample; `seconds`: that a step takes."""
+        if step <= self._spec.stop.steps:
+            members = self._roster.sampled(step, ready=self._current.keys() - self._failures.stopped.keys())
+            targets = [Target(member=m.name, revision=self._current[m.name]) for m in members]
+            self._with.announcer.announce(targets, version=version, step_seconds=seconds)
+
     def _probe_waiting(self) -> None:
         """Probe what an earlier driver committed and did not live to expose."""
         waiting = [(m, r) for m, r in self._current.items() if unexposed(m, r, self._index)]
@@ -297,7 +316,7 @@ class Run:
         """Held-out rewards after training, and the exposures of the last step, in a commit of their own."""
         self._voice.phase("Finishing")
         await self._cancel_ahead()
-        exposed = await self._with.exposer.finish(self._index, abandoned=self._abandoned)
+        exposed = await self._exposed()
         after = await self._evaluate()
         told = [dataclasses.replace(f, metrics={**f.metrics, **heldout.metrics_of(f.member, after)}) for f in exposed]
         again = heldout.restated(after, but={f.member for f in told}, current=self._current, index=self._index)

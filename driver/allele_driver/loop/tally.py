@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from allele.protocol.bundle import RunBundle
-from allele.protocol.progress import Progress, Reward, TrainerSlots
+from allele.protocol.progress import Probes, Progress, Reward, TrainerSlots
 from allele.store import Fact
 
 Phase = Literal["Starting", "Training", "Finishing", "Succeeded", "Failed"]
@@ -35,6 +35,7 @@ class Tally:
     rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
     stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
     max_gap: float | None = None
+    probes: Probes | None = None
     trainer: TrainerSlots | None = None
     failed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     durations: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=RECENT))
@@ -88,6 +89,7 @@ class Tally:
             dropped_samples=self.dropped,
             skipped_steps=self.skipped,
             exposure_max_gap=self.max_gap,
+            probes=self.probes,
             message=self.message[:1024],
             trainer=self.trainer,
             stages=dict(list(self.stages.items())[:16]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from allele_driver.loop.exposer import Exposer
 from allele_driver.loop.stages import Stages
 from allele_driver.loop.tally import Phase, Tally
 from allele_driver.loop.train import Trained
@@ -27,15 +28,18 @@ class Voice:
         self.tally.message = message
         self._reporter.report(self.tally.progress())
 
+    def exposure(self, exposer: Exposer, *, failed: Mapping[str, str]) -> None:
+        """What probes found, to be told with the next report; `failed`: member → why it stopped."""
+        self.tally.max_gap = exposer.max_gap
+        self.tally.probes = exposer.state
+        self.tally.failed = dict(failed)
+
     def step(
         self,
         step: int,
         rollouts: Rollouts,
         trained: Mapping[str, Trained],
         *,
-        failed: Mapping[str, str],
-        max_gap: float | None,
-        message: str,
         stages: Stages,
         seconds: float,
     ) -> None:
@@ -46,13 +50,11 @@ class Voice:
         tally.skipped += skipped
         tally.dropped += sum(n for reasons in rollouts.dropped.values() for n in reasons.values())
         tally.rewards = rollouts.mean_rewards()
-        tally.failed = dict(failed)
         tally.stages = stages.finish()
-        tally.max_gap = max_gap
         tally.durations.append(seconds)
         STEP.set(step)
         REWARD.set(tally.mean_reward or 0.0)
-        self.phase("Training", message)
+        self.phase("Training")
         log.info(
             "step",
             extra={

@@ -48,17 +48,23 @@ class EventRecorder:
         self._said: OrderedDict[str, float] = OrderedDict()
 
     async def record(
-        self, kind: str, obj: Obj, *, type: str, reason: str, message: str, action: str, outlives: bool = False
+        self,
+        kind: str,
+        obj: Obj,
+        *,
+        type: str,
+        reason: str,
+        message: str,
+        action: str,
+        outlives: bool = False,
+        flickers: bool = False,
     ) -> None:
-        """`type` is Normal or Warning; `action` is what the operator was doing."""
+        """`type` is Normal or Warning; `action` is what the operator was doing. One that `flickers` is the same one
+        whatever its message says."""
         head = obj["metadata"]
         name = event_name(head["name"], head.get("uid", ""), reason, message)
-        if self._clock() - self._said.get(name, float("-inf")) < self._quiet:
+        if self._said_lately(event_name(head["name"], head.get("uid", ""), reason) if flickers else name):
             return
-        self._said[name] = self._clock()
-        self._said.move_to_end(name)
-        if len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         body = {
             "apiVersion": api_version("Event"),
@@ -91,6 +97,16 @@ class EventRecorder:
                 return
             log.info("event lost: %s", e)
             self._lost()
+
+    def _said_lately(self, what: str) -> bool:
+        """Whether it was said within `quiet` seconds; else it counts as said now."""
+        if self._clock() - self._said.get(what, float("-inf")) < self._quiet:
+            return True
+        self._said[what] = self._clock()
+        self._said.move_to_end(what)
+        if len(self._said) > _REMEMBERED:
+            self._said.popitem(last=False)
+        return False
 
     async def _count_up(self, namespace: str, name: str, now: str) -> None:
         old = await self._kube.get("Event", namespace=namespace, name=name)

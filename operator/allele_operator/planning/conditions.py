@@ -30,6 +30,8 @@ class Found:
     message: str
     severity: Severity = "Normal"
     """Of the event that tells it."""
+    flickers: bool = False
+    """It follows what every step of a run finds, and may come and go with each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def events(obj: Obj, found: Sequence[Found]) -> tuple[Event, ...]:
     new: dict[str, Event] = {}
     for f in found:
         if observe.condition(obj, f.type).get("reason") != f.reason:
-            new.setdefault(f.reason, Event(f.severity, f.reason, f.message[:LIMIT]))
+            new.setdefault(f.reason, Event(f.severity, f.reason, f.message[:LIMIT], flickers=f.flickers))
     return tuple(new.values())
 
 

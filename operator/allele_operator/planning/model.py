@@ -8,10 +8,13 @@ looks at the others, then creates its Job.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 from allele.api.schema import API_VERSION, GROUP
 from allele.protocol.progress import Progress
+from allele.protocol.serving import GatewayStatus
 
 Obj = dict[str, Any]
 """An object as `observe.project` made it, or a manifest as `render` made it."""
@@ -131,6 +134,8 @@ class Event:
     message: str
     outlives: bool = False
     """About what stays when the namespace goes: told beside the operator where the namespace takes no more."""
+    flickers: bool = False
+    """Told once in a while for each reason, since its numbers are others each time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +164,15 @@ class Options:
     """Of these Jobs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class GatewaySeen:
+    """What the gateway of one rollout pod reported last."""
+
+    pod_uid: str
+    at: datetime
+    status: GatewayStatus
+
+
 class World(Protocol):
     """What the operator knows of the cluster: projections of watched objects."""
 
@@ -182,4 +196,13 @@ class World(Protocol):
 
     def progress(self, uid: str) -> Progress | None:
         """Last report of the run's driver; None after a restart of the operator until the next one."""
+        ...
+
+    def gateways(self, uid: str) -> Sequence[GatewaySeen]:
+        """Last reports of a pool's gateways, of pods that are gone too."""
+        ...
+
+    @property
+    def listening(self) -> datetime:
+        """Since when reports are taken: before, none can have come."""
         ...

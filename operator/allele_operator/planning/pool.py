@@ -69,9 +69,12 @@ def plan(pool: Obj, world: World, now: datetime) -> Plan:
         runs=len(training),
         used=sum(_slots_of(r, world) for r in training),
         trainer=_told(training, world),
+        gateways=world.gateways(pool["metadata"]["uid"]),
+        listening=world.listening,
     )
-    status, events = conclude(pool, view, options=world.options, now=now)
-    return Plan(actions=tuple(_once(actions)), status=status, events=events, requeue=requeue)
+    status, events, stale = conclude(pool, view, options=world.options, now=now)
+    waits = [s for s in (requeue, stale) if s is not None]
+    return Plan(actions=tuple(_once(actions)), status=status, events=events, requeue=min(waits, default=None))
 
 
 def inputs(pool: Obj, spec: BasePoolSpec, world: World) -> render.PoolParts | Trouble:
@@ -93,6 +96,8 @@ def inputs(pool: Obj, spec: BasePoolSpec, world: World) -> render.PoolParts | Tr
         spec=spec,
         runtime=AdapterRuntimeSpec.model_validate(runtime["spec"]),
         store=StoreAccess.of(AdapterStoreSpec.model_validate(store["spec"])),
+        report_url=world.options.operator_url,
+        trainer_url=naming.trainer_url(name, namespace, world.options),
     )
 
 

@@ -8,9 +8,9 @@ from datetime import datetime
 
 from allele.api.pool import BasePoolSpec
 from allele.protocol.progress import TrainerSlots
-from allele_operator.planning import naming, pods
+from allele_operator.planning import gateways, naming, observe, pods
 from allele_operator.planning.conditions import Found, Trouble, events, merged
-from allele_operator.planning.model import ROLE_LABEL, Event, Obj, Options
+from allele_operator.planning.model import ROLE_LABEL, Event, GatewaySeen, Obj, Options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class PoolView:
     used: int
     trainer: TrainerSlots | None
     """What the newest report of a run in the pool says of its trainer."""
+    gateways: Sequence[GatewaySeen]
+    listening: datetime
 
     def of(self, role: str) -> list[Obj]:
         return [p for p in self.pods if p["metadata"]["labels"].get(ROLE_LABEL) == role]
@@ -40,13 +42,17 @@ def ended(workload: Obj) -> Obj | None:
     return next((c for c in workload["status"]["conditions"] if c["type"] in final and c["status"] == "True"), None)
 
 
-def conclude(pool: Obj, view: PoolView, *, options: Options, now: datetime) -> tuple[Obj, tuple[Event, ...]]:
-    """(status, events)."""
+def conclude(
+    pool: Obj, view: PoolView, *, options: Options, now: datetime
+) -> tuple[Obj, tuple[Event, ...], float | None]:
+    """(status, events, seconds until the status changes by itself)."""
     name, namespace = pool["metadata"]["name"], pool["metadata"]["namespace"]
     obstacle = _obstacle(pool, view)
     trainer, rollout = _trainer(view, obstacle), _rollout(view, obstacle)
     ready = _ready(view, obstacle, [c for c in (trainer, rollout) if c])
-    found = [c for c in (ready, trainer, rollout, view.up_to_date) if c]
+    there = {p["metadata"]["uid"] for p in view.of("rollout") if not observe.deleting(p)}
+    reported = gateways.summed(pool, view.gateways, there, listening=view.listening, now=now)
+    found = [c for c in (ready, trainer, rollout, view.up_to_date, *reported.conditions) if c]
     status: Obj = {
         "observedGeneration": pool["metadata"].get("generation", 0),
         "phase": _phase(ready),
@@ -56,11 +62,13 @@ def conclude(pool: Obj, view: PoolView, *, options: Options, now: datetime) -> t
         "endpoint": naming.endpoint(name, namespace, options),
         "runs": view.runs,
         "conditions": merged(pool, found, now),
-    }
+    } | reported.status
     if view.spec.trainer is not None:
         status["slots"] = _slots(pool, view, view.spec.trainer.slots)
-    told = [ready] if view.up_to_date.reason == "UpToDate" else [ready, view.up_to_date]
-    return status, events(pool, told)
+    told = [ready, *reported.conditions]
+    if view.up_to_date.reason != "UpToDate":
+        told.append(view.up_to_date)
+    return status, events(pool, told), reported.requeue
 
 
 def _slots(pool: Obj, view: PoolView, wanted: int | str) -> Obj:

@@ -17,6 +17,7 @@ from allele_operator.planning.admission import lookup, order, store_obstacle
 from allele_operator.planning.conditions import Found, events, merged
 from allele_operator.planning.model import Obj, Plan, World
 from allele_operator.planning.render.upkeep import folder
+from allele_operator.planning.run_status import EXPOSED
 
 
 def plan(population: Obj, world: World, now: datetime) -> Plan:
@@ -30,6 +31,7 @@ def plan(population: Obj, world: World, now: datetime) -> Plan:
     total = _total(spec, runs, _old(population, "members", "total"))
     ready = _ready(population, spec, world, total)
     actions, collected = collection.plan(population, spec, runs, world)
+    found = [ready, *collected, *_exposed(spec, runs)]
     status = {
         "observedGeneration": population["metadata"].get("generation", 0),
         "phase": "Ready" if ready.status else "Waiting",
@@ -40,9 +42,9 @@ def plan(population: Obj, world: World, now: datetime) -> Plan:
         },
         "revisions": {k: _summed(population, runs, k) for k in ("committed", "exposed")},
         "url": _url(population, spec, world),
-        "conditions": merged(population, [ready, *collected], now),
+        "conditions": merged(population, found, now),
     }
-    return Plan(tuple(actions), status, events(population, [ready, *collected]))
+    return Plan(tuple(actions), status, events(population, found))
 
 
 def _ready(population: Obj, spec: AdapterPopulationSpec, world: World, total: int) -> Found:
@@ -81,6 +83,23 @@ def _listed(spec: AdapterPopulationSpec, run: Obj, listed: set[str]) -> int:
     return int(run["status"].get("members", 0)) + sum(
         g.members.count or 0 for g in spec.groups if g.name not in selected
     )
+
+
+def _exposed(spec: AdapterPopulationSpec, runs: Sequence[Obj]) -> list[Found]:
+    """As the newest run of each member found; nothing before any probed."""
+    taken: list[selection.Part] = []
+    told: list[tuple[str, Obj]] = []
+    for run in reversed(runs):
+        condition = observe.condition(run, EXPOSED)
+        parts = selection.parts(RLRunSpec.model_validate(run["spec"]), spec)
+        if condition and not selection.overlap(taken, parts):
+            taken += parts
+            told.append((run["metadata"]["name"], condition))
+    failing = [(name, c) for name, c in told if c["status"] == "False"]
+    if failing:
+        text = "; ".join(f"RLRun {name}: {c['message']}" for name, c in failing)
+        return [Found(EXPOSED, False, failing[0][1]["reason"], text, "Warning", flickers=True)]
+    return [Found(EXPOSED, True, c["reason"], c["message"], flickers=True) for _, c in told[:1]]
 
 
 def _distinct(spec: AdapterPopulationSpec, runs: Sequence[Obj], field: str) -> int:

@@ -1,6 +1,7 @@
 """What a run's status says: conditions while it waits, runs and is over; numbers from the driver's last report.
 
-`Running` sums up: its reason is why the run does not run, or what it is doing. Without a report (the operator has just
+`Running` sums up: its reason is why the run does not run, or what it is doing. `Exposed` is there once revisions have
+been probed: False names the members that are served by an older one, and why. Without a report (the operator has just
 started) the numbers of the old status stay.
 """
 
@@ -12,10 +13,11 @@ from datetime import datetime
 from allele.api.run import RLRunSpec
 from allele.protocol.progress import Progress
 from allele_operator.planning import admission, naming, observe, pods, selection
-from allele_operator.planning.conditions import LIMIT, Found, Trouble, events, merged
+from allele_operator.planning.conditions import LIMIT, Found, Severity, Trouble, events, merged
 from allele_operator.planning.model import Action, Obj, Plan, World
 
 _OPEN = "NotFinished"
+EXPOSED = "Exposed"
 
 
 def waiting(run: Obj, spec: RLRunSpec, trouble: Trouble, *, world: World, now: datetime) -> Plan:
@@ -128,7 +130,20 @@ def report(run: Obj, spec: RLRunSpec, world: World) -> Obj:
     return {**run["status"], **_numbers(run, spec, world), "observedGeneration": generation}
 
 
+def _exposed(run: Obj, world: World) -> list[Found]:
+    """Whether the newest revisions are served; nothing before the first probe. What was found stays with the run."""
+    progress = world.progress(run["metadata"]["uid"])
+    if progress is not None and progress.probes is not None:
+        probes = progress.probes
+        severity: Severity = "Warning" if probes.failing else "Normal"
+        return [Found(EXPOSED, not probes.failing, probes.reason, probes.message, severity, flickers=True)]
+    if old := observe.condition(run, EXPOSED):
+        return [Found(EXPOSED, old["status"] == "True", old["reason"], old["message"])]
+    return []
+
+
 def _plan(run: Obj, spec: RLRunSpec, found: list[Found], *, phase: str, job: str, world: World, now: datetime) -> Plan:
+    found = [*found, *_exposed(run, world)]
     status = {
         "observedGeneration": run["metadata"].get("generation", 0),
         "phase": phase,

@@ -1,1 +1,1 @@
-"""Progress pushed by drivers: who may report, the newest report of each run, and the HTTP endpoint that takes them."""
+"""Reports pushed by drivers and gateways: who may report, the newest of each, and the HTTP endpoints that take them."""

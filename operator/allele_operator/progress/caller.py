@@ -1,7 +1,7 @@
-"""Who is calling, and may it report this run?
+"""Who is calling, and may it report this run, or this pool?
 
-A driver's pod has no other credential than a projected token for our audience. The API server's TokenReview says which
-pod it was given to; the cache says whose pod that is. A label would not do: anyone who may make pods can set labels.
+Their pods have no other credential than a projected token for our audience. The API server's TokenReview says which pod
+it was given to; the cache says whose pod that is. A label would not do: anyone who may make pods can set labels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from allele.protocol.errors import Overloaded, ProtocolError, Unavailable
 from allele.protocol.progress import Progress
+from allele.protocol.serving import GatewayReport
 from allele_operator.cluster.errors import ApiError
 from allele_operator.cluster.kube import Kube
-from allele_operator.planning.model import Ref, World
+from allele_operator.planning.model import ROLE_LABEL, Obj, Ref, World
 
 _EXTRA = "authentication.kubernetes.io/"
 _REMEMBERED = 10_000
@@ -31,7 +32,7 @@ class Unauthenticated(ProtocolError):
 
 
 class Forbidden(ProtocolError):
-    """A valid token of a pod that is not the driver of the run it reports."""
+    """A valid token of a pod that has no part in what it reports."""
 
     status = 403
 
@@ -103,8 +104,26 @@ def authorise(caller: Caller, report: Progress, world: World) -> None:
         raise Forbidden(
             f"expected a run of namespace {caller.namespace!r}, found {report.namespace}/{report.run} ({report.uid})"
         )
-    pod = world.get(Ref("Pod", caller.namespace, caller.pod))
-    jobs = {job["metadata"]["uid"] for job in world.owned(report.uid, "Job")}
-    owners = {o["uid"] for o in pod["metadata"]["ownerReferences"]} if pod is not None else set()
-    if pod is None or pod["metadata"]["uid"] != caller.pod_uid or not owners & jobs:
+    if not _is_of(caller, world.owned(report.uid, "Job"), world):
         raise Forbidden(f"pod {caller.namespace}/{caller.pod} is not the driver of run {report.run!r}")
+
+
+def authorise_gateway(caller: Caller, report: GatewayReport, world: World) -> str:
+    """The pool's uid. Forbidden unless the caller is a rollout pod of that pool."""
+    pool = world.get(Ref("BasePool", report.namespace, report.pool))
+    if caller.namespace != report.namespace or pool is None:
+        raise Forbidden(f"expected a pool of namespace {caller.namespace!r}, found {report.namespace}/{report.pool}")
+    uid = str(pool["metadata"]["uid"])
+    jobs = world.owned(uid, "Job")
+    jobs += [j for job_set in world.owned(uid, "JobSet") for j in world.owned(job_set["metadata"]["uid"], "Job")]
+    if not _is_of(caller, [j for j in jobs if j["metadata"]["labels"].get(ROLE_LABEL) == "rollout"], world):
+        raise Forbidden(f"pod {caller.namespace}/{caller.pod} is not a rollout of pool {report.pool!r}")
+    return uid
+
+
+def _is_of(caller: Caller, jobs: Sequence[Obj], world: World) -> bool:
+    """Whether the caller is a pod of one of the Jobs: by owner, which only controllers set."""
+    pod = world.get(Ref("Pod", caller.namespace, caller.pod))
+    owners = {o["uid"] for o in pod["metadata"]["ownerReferences"]} if pod is not None else set()
+    same = pod is not None and pod["metadata"]["uid"] == caller.pod_uid
+    return same and bool(owners & {j["metadata"]["uid"] for j in jobs})

@@ -1,58 +1,65 @@
-"""`POST /v1/progress`: takes a driver's report, or passes it on to the replica that leads.
+"""`POST` of a report: takes it, or passes it on to the replica that leads.
 
-Drivers reach any replica through the Service; only the leader reconciles. A replica that stands by forwards the request
-to the holder of the lease, whose identity carries its address (only operators may write the Lease).
+Drivers and gateways reach any replica through the Service; only the leader reconciles. One that stands by forwards the
+request to the holder of the lease, whose identity carries its address (only operators may write the Lease).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
-from pydantic import ValidationError
 
-from allele.protocol.errors import InvalidRequest, ProtocolError, Unavailable
-from allele.protocol.progress import Progress
+from allele.protocol.errors import ProtocolError, Unavailable
 from allele_operator.metrics import Metrics
-from allele_operator.planning.model import Ref, World
-from allele_operator.progress.caller import Reviewer, Unauthenticated, authorise
-from allele_operator.progress.reports import Reports
+from allele_operator.progress.caller import Caller, Reviewer, Unauthenticated
 
 log = logging.getLogger(__name__)
-PATH = "/v1/progress"
 _FORWARDED = "X-Allele-Forwarded"
 _TOKEN_CHARACTERS = 8192
 _FORWARD_SECONDS = 5.0
 
 
-class ProgressEndpoint:
+class Taker(Protocol):
+    """What becomes of the reports of one kind."""
+
+    @property
+    def path(self) -> str: ...
+
+    def __call__(self, caller: Caller, body: bytes) -> None:
+        """Raises Forbidden, InvalidRequest or StaleEpoch."""
+        ...
+
+
+class Endpoint:
     """`leader` gives None while this process leads, else host:port of the one that does ('' if unknown)."""
 
     def __init__(
         self,
+        take: Taker,
         *,
         reviewer: Reviewer,
-        reports: Reports,
-        world: World,
-        reported: Callable[[Ref], None],
         leader: Callable[[], str | None],
         metrics: Metrics,
     ) -> None:
+        self._take = take
         self._reviewer = reviewer
-        self._reports = reports
-        self._world = world
-        self._reported = reported
         self._leader = leader
         self._metrics = metrics
+
+    @property
+    def path(self) -> str:
+        return self._take.path
 
     async def post(self, request: web.Request) -> web.Response:
         try:
             leader = self._leader()
             if leader is not None:
                 return await self._forward(request, leader)
-            await self._take(request)
+            self._take(await self._reviewer.identify(_bearer(request)), await request.read())
         except ProtocolError as e:
             self._metrics.reported(type(e).__name__)
             headers = {"Retry-After": str(int(e.retry_after))} if e.retry_after else {}
@@ -62,18 +69,6 @@ class ProgressEndpoint:
         self._metrics.reported("Accepted")
         return web.json_response({"accepted": True})
 
-    async def _take(self, request: web.Request) -> None:
-        caller = await self._reviewer.identify(_bearer(request))
-        try:
-            report = Progress.model_validate_json(await request.read())
-        except ValidationError as e:
-            first = e.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "body"
-            raise InvalidRequest(f"progress report: {field}: {first['msg']}") from e
-        authorise(caller, report, self._world)
-        if self._reports.accept(report):
-            self._reported(Ref("RLRun", report.namespace, report.run))
-
     async def _forward(self, request: web.Request, leader: str) -> web.Response:
         if not leader or _FORWARDED in request.headers:
             raise Unavailable("no replica leads at the moment", retry_after=5)
@@ -82,7 +77,7 @@ class ProgressEndpoint:
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.post(f"http://{leader}{PATH}", data=await request.read(), headers=headers) as answer,
+                session.post(f"http://{leader}{self.path}", data=await request.read(), headers=headers) as answer,
             ):
                 return web.Response(body=await answer.read(), status=answer.status, content_type=answer.content_type)
         except (aiohttp.ClientError, TimeoutError) as e:

@@ -87,7 +87,7 @@ def status(gateway: Gateway) -> GatewayStatus:
         engine=gateway.watch.state,
         engine_version=gateway.watch.info.version if gateway.watch.info else "",
         publish_path="Bulk" if gateway.residency is not None and not gateway.native_reason else "Native",
-        publish_path_message=gateway.native_reason,
+        publish_path_message=gateway.native_reason[:512],
         base_digest=gateway.settings.base_digest,
         tiers=gateway.tiers(),
         populations={"/".join(k): p.version for k, p in gateway.populations.opened().items()},

@@ -52,6 +52,15 @@ class GatewayMetrics:
         self.ready = Gauge("allele_gateway_engine_ready", "1 while the engine answers.", registry=self.registry)
         self.samples = Counter("allele_gateway_samples", "Samples by outcome.", ["outcome"], registry=self.registry)
         self.probes = Counter("allele_gateway_probes", "Probes by verdict.", ["verdict"], registry=self.registry)
+        self.peer_adapters = Counter(
+            "allele_gateway_peer_adapters",
+            "Adapters asked of the trainer: found, missing there, or failed: no answer in time.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.report_failures = Counter(
+            "allele_gateway_report_failures", "Reports that were not taken.", registry=self.registry
+        )
         self.tail_failures = Counter(
             "allele_gateway_tail_failures", "Looks at a Delta log that failed, to be repeated.", registry=self.registry
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -22,6 +23,7 @@ from allele_rollout.gateway.client import EngineClient
 from allele_rollout.gateway.disk import DiskTier
 from allele_rollout.gateway.dispatch import Bound, Dispatcher
 from allele_rollout.gateway.metrics import GatewayMetrics
+from allele_rollout.gateway.peers import Peers
 from allele_rollout.gateway.populations import Populations
 from allele_rollout.gateway.publisher import Bulk, Native, Publisher, PublishPath
 from allele_rollout.gateway.residency import Residency
@@ -43,11 +45,12 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.engine = EngineClient(s.engine, timeout=s.deadline)
         self.disk = DiskTier(Path(s.cache_dir).absolute(), capacity=s.cache_bytes)
-        self.source = Source(self.disk, peers=None, on_read=self._count_read)
+        self.peers = Peers(s.peer, count=self._count_peer) if s.peer else None
+        self.source = Source(self.disk, peers=self.peers, on_read=self._count_read)
         self.watch = EngineWatch(self.engine, attach=self._attach)
         self.dispatcher = Dispatcher(
             Schedule(slots=s.slots, running=s.running, quantum=s.quantum, patience=s.patience),
-            hold=self._hold,
+            hold=self.hold,
             deadline=s.deadline,
             on_wait=self.metrics.wait.observe,
         )
@@ -76,6 +79,8 @@ class Gateway:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self.peers is not None:
+                await self.peers.close()
             await self.engine.close()
             if self._arena is not None:
                 self._arena.close()
@@ -117,10 +122,18 @@ class Gateway:
             return Bulk(self.engine, self._arena)
         return Native(self.engine, Path(self.settings.cache_dir) / "peft", places=self.settings.max_loaded)
 
-    def _hold(self, adapter: Adapter) -> AbstractAsyncContextManager[str]:
+    def hold(self, adapter: Adapter) -> AbstractAsyncContextManager[str]:
         if self.residency is None:
             raise Unavailable("engine: not attached to yet", retry_after=2.0)
         return self.residency.hold(adapter)
+
+    def cost(self, adapter: Adapter) -> float:
+        """The part of the host tier that an adapter takes."""
+        residency = self.residency
+        if residency is None or not residency.capacity:
+            return math.inf
+        size = residency.publisher.size(adapter) if residency.publisher.path == "Bulk" else 1
+        return size / residency.capacity
 
     def tiers(self) -> tuple[Tier, ...]:
         """Capacity of `hot` is in adapters, of the others in bytes (of `host` in adapters where they are published one
@@ -152,6 +165,9 @@ class Gateway:
 
     def _count_event(self, event: str, count: int) -> None:
         self.metrics.residency.labels(event).inc(count)
+
+    def _count_peer(self, outcome: str, adapters: int) -> None:
+        self.metrics.peer_adapters.labels(outcome).inc(adapters)
 
     def count_sample(self, outcome: str) -> None:
         self.metrics.samples.labels(outcome).inc()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from allele.protocol.commands import ProbeSequence
-from allele.protocol.errors import ProtocolError
+from allele.protocol.errors import Overloaded, ProtocolError, Unavailable
 from allele.protocol.serving import ProbeReply, ProbeRequest, ProbeResult, Target
 from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.populations import Population, Populations
@@ -128,4 +128,5 @@ def _failed(target: Target, error: ProtocolError) -> ProbeResult:
         revision=target.revision,
         verdict="LoadFailed",
         message=f"{type(error).__name__}: {error}",
+        outage=isinstance(error, Unavailable | Overloaded),
     )

@@ -50,6 +50,15 @@ class GatewaySettings:
     patience: float = _field("Seconds after which a waiting request goes before all others.", default=5.0)
     deadline: float = _field("Seconds a request may take, waiting included.", default=600.0)
     tail_seconds: float = _field("Seconds between looks at the Delta logs.", default=2.0)
+    peer: str = _field("URL of the pool's trainer, asked for adapters before the store; empty: none.", default="")
+    report: str = _field("URL that takes reports at /v1/gateways; empty: none are sent.", default="")
+    report_token_file: str = _field("Bearer token for it, read anew for each report.", default="")
+    settle_seconds: float = _field(
+        "Seconds from SIGTERM, and from being unready, until the ports close.",
+        default=0.0,
+        reason="A Service sends requests here until all nodes know that this replica leaves.",
+    )
+    finish_seconds: float = _field("Seconds that requests under way may then take.", default=20.0)
     replica: str = _field("Name of this replica in status.", default=socket.gethostname())
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers every GET with 200, as a role that is ready."""
+"""Answers every GET with 200, as a role that is ready; with 503 while a test has made the file UNREADY."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+UNREADY = "/tmp/unready"
+
 
 class _Ready(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(503 if os.path.exists(UNREADY) else 200)
         self.end_headers()
 
     def log_message(self, *_: object) -> None:

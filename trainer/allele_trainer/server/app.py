@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable
 
 import prometheus_client
 from aiohttp import web
+from pydantic import ValidationError
 
 from allele.protocol import commands as c
-from allele.protocol.errors import ProtocolError
+from allele.protocol.errors import InvalidRequest, ProtocolError
+from allele.protocol.packed import ANSWER_BYTES, MEDIA_TYPE, PackedRequest, encode_packed
 from allele_trainer.server.executor import Executor
 from allele_trainer.server.metrics import Metrics
 from allele_trainer.server.parse import encoded
@@ -36,6 +38,7 @@ class Server:
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/metrics", self._scrape)
         app.router.add_get("/v1/info", self._info)
+        app.router.add_post("/v1/packed", self._packed)
         for name in self._executor.names:
             app.router.add_post(f"/v1/{name}", self._handler(name))
         app.on_startup.append(self._start)
@@ -74,6 +77,18 @@ class Server:
             setting=self._trainer.setting,
         )
         return web.Response(body=encoded(info), content_type="application/json")
+
+    async def _packed(self, request: web.Request) -> web.Response:
+        try:
+            wanted = PackedRequest.model_validate_json(await request.read())
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "body"
+            return _refusal("packed", InvalidRequest(f"{where}: {first['msg']}"), self._metrics)
+        found = self._trainer.recent.find(wanted.digests, most=ANSWER_BYTES)
+        self._metrics.packed.labels("found").inc(len(found))
+        self._metrics.packed.labels("missing").inc(len(set(wanted.digests)) - len(found))
+        return web.Response(body=await asyncio.to_thread(encode_packed, found), content_type=MEDIA_TYPE)
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok")

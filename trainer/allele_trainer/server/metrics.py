@@ -35,6 +35,12 @@ class Metrics:
         self.waiting = Gauge(
             "allele_trainer_waiting_commands", "Commands received and not yet answered.", registry=self.registry
         )
+        self.packed = Counter(
+            "allele_trainer_packed_adapters",
+            "Adapters that gateways asked for by digest: found among the last exports, or missing.",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.micro_batches = Counter(
             "allele_trainer_micro_batches",
             "Micro-batches trained, shared by several runs or of one run's own.",
@@ -56,6 +62,7 @@ class Metrics:
         )
         gauge("allele_trainer_runs", "Runs that have reset this incarnation.", runs)
         gauge("allele_trainer_bank_bytes", "Device memory of the rows of all banks.", lambda: trainer.bank_bytes)
+        gauge("allele_trainer_recent_bytes", "Exports kept for gateways.", lambda: trainer.recent.used)
         gauge("allele_trainer_host_bytes", "Host memory of rows in no slot.", lambda: trainer.host.used)
         moved = Gauge(
             "allele_trainer_rows_moved",

@@ -29,6 +29,7 @@ from allele_trainer.rl.packing import Sample
 from allele_trainer.rl.passes import logprobs, train
 from allele_trainer.rl.samples import read_samples
 from allele_trainer.server import segments
+from allele_trainer.server.recent import Recent
 from allele_trainer.server.store import RunStore
 from allele_trainer.server.work import Part, Work, work_of
 
@@ -74,9 +75,10 @@ class Trainer:
         open_store: Callable[[str, str], RunStore],
         limits: Limits,
         initialiser: Initialiser | None = None,
+        recent: Recent | None = None,
         image: str = "",
     ) -> None:
-        """`initialiser`: of the base; without one members can only be of kind Standard."""
+        """`initialiser`: of the base; without one members can only be of kind Standard. `recent`: takes exports."""
         self.model, self.ranks, self.limits = model, model.ranks, limits
         self.setting = c.TrainerSetting(
             layout={axis: int(degree) for axis, degree in dataclasses.asdict(model.ranks.layout).items()},
@@ -87,6 +89,7 @@ class Trainer:
             image=image,
         )
         self._initialiser = initialiser
+        self.recent = recent or Recent(0)
         self._open_store = open_store
         self.host = HostTier(capacity=limits.host_memory, pinned=model.device.type == "cuda", spill=self._spill)
         self._shapes: dict[tuple[int, tuple[str, ...]], AdapterShape] = {}
@@ -255,8 +258,11 @@ class Trainer:
             ):
                 mine[keys[i].member] = bank.shape.pack(row.numpy())
             digests.update({k.member: bank.shape.digest for k in keys})
-        probes = self._probe(run, command, segments.shared(mine, self.ranks)) if command.probes else {}
+        packed = segments.shared(mine, self.ranks) if command.probes else mine
+        probes = self._probe(run, command, packed) if command.probes else {}
         weights = segments.write(run.store, mine, "segments", self.ranks)
+        for member, data in packed.items():
+            self.recent.keep(weights[member].digest, data)
         return c.ExportDone(
             weights={m: weights[m] for m in digests},
             shape_digests=digests,

@@ -18,9 +18,6 @@ from allele_operator.planning.render.pods import Volume
 
 RUN_DIR = "/allele/run"
 CODE_DIR = "/allele/code"
-TOKEN_DIR = "/allele/token"
-AUDIENCE = "allele-operator"
-TOKEN_SECONDS = 3600
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,21 +70,16 @@ def _run_volume(parts: DriverParts) -> Volume:
     return Volume("run", RUN_DIR, {"projected": {"sources": sources}}, read_only=True)
 
 
-def _token_volume() -> Volume:
-    token = {"serviceAccountToken": {"audience": AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": "token"}}
-    return Volume("token", TOKEN_DIR, {"projected": {"sources": [token]}}, read_only=True)
-
-
 def driver_pod(parts: DriverParts) -> Obj:
     runtime, code = parts.runtime, parts.bundle.run_spec.code
-    volumes = [_run_volume(parts), _token_volume(), *pods.environment(runtime)]
+    volumes = [_run_volume(parts), pods.token(), *pods.environment(runtime)]
     python_path = [pods.ENVIRONMENT_DIR] if runtime.environment else []
     if code is not None:
         volumes.append(Volume("code", CODE_DIR, {"configMap": {"name": code.config_map}}, read_only=True))
         python_path.insert(0, CODE_DIR)
     command = ["python3", "-m", "allele_driver", "--run-dir", RUN_DIR, "--store", parts.store.url]
     command += ["--trainer", parts.trainer_url, "--gateways", ",".join(parts.gateway_urls)]
-    command += ["--report", parts.report_url, "--report-token-file", f"{TOKEN_DIR}/token"]
+    command += pods.report_arguments(parts.report_url)
     driver = pods.container(
         "driver",
         image=runtime.images.driver,

@@ -13,6 +13,10 @@ BASE_DIR = "/allele/base"
 CACHE_DIR = "/allele/cache"
 HOME = "/home/allele"
 ENVIRONMENT_DIR = "/env"
+TOKEN_DIR = "/allele/token"
+AUDIENCE = "allele-operator"
+"""Of the tokens with which drivers and gateways report."""
+_TOKEN_SECONDS = 3600
 USER = 65532
 RESERVED_VARIABLES = ("HOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 """Set here for every container; a runtime's podTemplate.env may not."""
@@ -42,6 +46,16 @@ def empty(name: str, path: str) -> Volume:
 
 def shared_memory(runtime: AdapterRuntimeSpec) -> Volume:
     return Volume("shm", "/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(runtime.shared_memory)}})
+
+
+def token() -> Volume:
+    """A token that says which pod it was given to, and is good for reports only."""
+    source = {"serviceAccountToken": {"audience": AUDIENCE, "expirationSeconds": _TOKEN_SECONDS, "path": "token"}}
+    return Volume("token", TOKEN_DIR, {"projected": {"sources": [source]}}, read_only=True)
+
+
+def report_arguments(url: str) -> list[str]:
+    return ["--report", url, "--report-token-file", f"{TOKEN_DIR}/token"]
 
 
 _SCRATCH = (empty("home", HOME), empty("tmp", "/tmp"))

@@ -2,8 +2,8 @@
 
 The workload is made once and never applied again, since Kueue writes into it. Its name carries the hash of what may
 not change in place; `suspend` and the number of rollouts may, so they are not in the hash (with a queue they are:
-Kueue counted the pods when it admitted them). A JobSet's replicatedJobs are immutable without an alpha gate, so
-rollouts are scaled on the child Job.
+Kueue counted the pods when it admitted them), nor is where gateways report. A JobSet's replicatedJobs are immutable
+without an alpha gate, so rollouts are scaled on the child Job.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from allele_operator.planning.render.access import StoreAccess
 from allele_operator.planning.render.pods import Volume
 
 TEMPLATE_LABEL = "allele.dev/template"
+_SETTLE_SECONDS, _FINISH_SECONDS = 5, 90
+"""Of a rollout that is told to stop: until all nodes know that it leaves, then for requests under way."""
 BACKOFF_LIMIT = 1_000_000
 """Roles restart in place for as long as the pool lives."""
 MAX_RESTARTS = 10
@@ -34,6 +36,10 @@ class PoolParts:
     spec: BasePoolSpec
     runtime: AdapterRuntimeSpec
     store: StoreAccess
+    report_url: str
+    """Where gateways report."""
+    trainer_url: str
+    """Where gateways get what was just trained, if the pool has a trainer."""
 
 
 def base_volumes(spec: BasePoolSpec) -> tuple[Volume, ...]:
@@ -104,13 +110,13 @@ def trainer_pod(parts: PoolParts) -> Obj:
 def rollout_pod(parts: PoolParts) -> Obj:
     """Pod spec of a rollout: the engine on localhost and the gateway, the only way in."""
     spec, runtime = parts.spec, parts.runtime
-    cache = (pods.empty("cache", pods.CACHE_DIR), pods.shared_memory(runtime))
+    cache, token = (pods.empty("cache", pods.CACHE_DIR), pods.shared_memory(runtime)), pods.token()
     return pods.pod_spec(
-        containers=[_engine(parts, (_mounted_base(spec), *cache)), _gateway(parts, cache)],
+        containers=[_engine(parts, (_mounted_base(spec), *cache)), _gateway(parts, (*cache, token))],
         init=[_base_container(parts)],
-        volumes=(*base_volumes(spec), *cache, *pods.environment(runtime)),
+        volumes=(*base_volumes(spec), *cache, token, *pods.environment(runtime)),
         service_account=parts.store.service_account,
-        grace_seconds=60,
+        grace_seconds=_SETTLE_SECONDS + _FINISH_SECONDS + 20,
     )
 
 
@@ -133,6 +139,8 @@ def _engine(parts: PoolParts, volumes: tuple[Volume, ...]) -> Obj:
         python_path=_python_path(runtime),
         volumes=(*volumes, *pods.environment(runtime)),
         resources=runtime.resources.engine,
+        # SIGTERM comes to both containers at once; the engine is needed until the gateway's last request is answered.
+        extra={"lifecycle": {"preStop": {"httpGet": {"path": "/v1/drained", "port": naming.INTERNAL_PORT}}}},
     )
 
 
@@ -142,7 +150,10 @@ def _gateway(parts: PoolParts, volumes: tuple[Volume, ...]) -> Obj:
     command += ["--store", parts.store.url, "--namespace", parts.namespace, "--base-name", parts.name]
     command += ["--base-digest", spec.base.digest, "--slots", str(spec.rollout.slots)]
     command += ["--listen", f"0.0.0.0:{naming.TENANT_PORT}", "--internal", f"0.0.0.0:{naming.INTERNAL_PORT}"]
-    command += ["--cache-dir", pods.CACHE_DIR]
+    command += ["--cache-dir", pods.CACHE_DIR, *pods.report_arguments(parts.report_url)]
+    command += ["--settle-seconds", str(_SETTLE_SECONDS), "--finish-seconds", str(_FINISH_SECONDS)]
+    if spec.trainer is not None:
+        command += ["--peer", parts.trainer_url]
     return pods.container(
         "gateway",
         image=runtime.images.gateway,
@@ -202,13 +213,12 @@ def services(pool: Obj, parts: PoolParts) -> list[Obj]:
 
 def workloads(pool: Obj, parts: PoolParts, options: Options) -> tuple[str, list[Obj]]:
     """(template hash, objects to create once): one JobSet, or one Indexed Job a role where JobSet is absent."""
-    roles = {"rollout": (rollout_pod(parts), parts.spec.rollout.replicas)}
-    if parts.spec.trainer is not None:
-        roles = {"trainer": (trainer_pod(parts), 1)} | roles
-    jobs = {role: _job(parts, role, spec, replicas) for role, (spec, replicas) in roles.items()}
+    jobs = _jobs(parts)
     queue = naming.queue_labels(pool)
     queued = naming.queued(pool)
-    fixed = {r: _without_counts(j) if r == "rollout" and not queued else j for r, j in jobs.items()}
+    # an operator that is reached elsewhere now is no reason to take serving pods down
+    anywhere = _jobs(dataclasses.replace(parts, report_url=""))
+    fixed = {r: _without_counts(j) if r == "rollout" and not queued else j for r, j in anywhere.items()}
     hashed = naming.digest({"jobs": fixed, "queue": queue, "backend": options.backend})
     metadata: Obj = {
         "namespace": parts.namespace,
@@ -240,6 +250,14 @@ def job_scale(replicas: int) -> Obj:
 
 def _without_counts(job: Obj) -> Obj:
     return {k: v for k, v in job.items() if k not in ("parallelism", "completions")}
+
+
+def _jobs(parts: PoolParts) -> dict[str, Obj]:
+    """By role."""
+    roles = {"rollout": (rollout_pod(parts), parts.spec.rollout.replicas)}
+    if parts.spec.trainer is not None:
+        roles = {"trainer": (trainer_pod(parts), 1)} | roles
+    return {role: _job(parts, role, spec, replicas) for role, (spec, replicas) in roles.items()}
 
 
 def _job(parts: PoolParts, role: str, pod: Obj, replicas: int) -> Obj:
