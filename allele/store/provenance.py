@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, Field
 
 from allele.protocol.commands import OptimizerSpec, ProbeSequence, TrainerSetting
 from allele.protocol.initialisation import BaseMode, InitKind, Scaling, scale_of, stored_rank
+from allele.protocol.serving import Gate
 from allele.protocol.wire import Wire
 
 
@@ -120,6 +121,8 @@ class Provenance(Wire):
     optimizer: OptimizerSpec
     loss: dict[str, Any]
     probes: tuple[ProbeSequence, ...] = ()
+    gate: Gate | None = None
+    """By which the probes are judged, on any replica and at any time; None: by the usual one."""
     seconds: dict[str, float] = Field(default_factory=dict)
     """What the step cost by stage; of commit and expose, which come later, it has those of the step before."""
     imported: ImportRef | None = None

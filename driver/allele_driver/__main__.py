@@ -18,11 +18,12 @@ import prometheus_client
 
 from allele.protocol.bundle import RunBundle
 from allele.protocol.errors import InvalidRequest, StaleEpoch
-from allele.protocol.serving import Gate, GatewayStatus
+from allele.protocol.serving import GatewayStatus
 from allele.store import FencedError, PopulationStore, StoreRefused
 from allele.store.address import FORMS
 from allele_driver import logs, wire
 from allele_driver.environments.scoring import EnvironmentFailed
+from allele_driver.exposure import gate_of
 from allele_driver.loop import record, setup
 from allele_driver.loop.announcer import Announcer
 from allele_driver.loop.exposer import Exposer
@@ -195,11 +196,6 @@ def check_base(status: GatewayStatus, bundle: RunBundle) -> None:
     expected = bundle.population_spec.base.digest
     if status.base_digest != expected:
         raise InvalidInput(f"base: expected digest {expected} in the rollouts, found {status.base_digest}")
-
-
-def gate_of(bundle: RunBundle) -> Gate:
-    exposure = bundle.population_spec.exposure
-    return Gate(max_gap=exposure.max_gap, min_move=exposure.min_move)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from allele.protocol.bundle import RunBundle
 from allele.protocol.progress import Probes
 from allele.protocol.serving import Gate, ProbeResult, Refusal
 
@@ -21,6 +22,11 @@ MESSAGE = 1024
 _ONE = 280
 """Characters of one member's part."""
 _GRAVEST: tuple[Refusal, ...] = ("LoadFailed", "Gap", "NotMoved")
+
+
+def gate_of(bundle: RunBundle) -> Gate:
+    exposure = bundle.population_spec.exposure
+    return Gate(max_gap=exposure.max_gap, min_move=exposure.min_move)
 
 
 @dataclasses.dataclass(frozen=True)

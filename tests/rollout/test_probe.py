@@ -9,6 +9,7 @@ from tests.rollout.rollout_parts import (
     ProbeSequence,
     Service,
     StoredPopulation,
+    call,
     inert_adapter,
     random_adapter,
     reference,
@@ -70,3 +71,29 @@ def test_what_cannot_be_loaded_or_has_no_probe_does_not_pass(gateway: Start, pop
     missing, unprobed = gateway().probe(version, [("a", 9), ("a", 1)]).results
     assert missing.verdict == "LoadFailed" and "no revision 9" in missing.message
     assert unprobed.verdict == "Gap" and "expected 0 logprobs (at least one)" in unprobed.message
+
+
+def test_a_replica_that_was_not_asked_proves_what_is_exposed_before_it_serves_it(
+    gateway: Start, population: StoredPopulation
+) -> None:
+    first, second = random_adapter(1), random_adapter(2)
+    sound = {m: reference(first, PROBES) for m in ("sound", "other-bytes", "never-right")}
+    sound["never-right"] = reference(second, PROBES)
+    population.commit(dict.fromkeys(sound, first), probes=sound, expose=True)
+    population.commit(
+        {"sound": second, "other-bytes": random_adapter(3)},
+        revision=2,
+        parent=1,
+        probes=dict.fromkeys(("sound", "other-bytes"), reference(second, PROBES)),
+        expose=True,
+    )
+    service = gateway()
+    for _ in range(2):
+        answers = {m: service.complete(f"styles/{m}") for m in sound}
+        assert answers["sound"].headers["x-allele-revision"] == "2"
+        assert answers["other-bytes"].headers["x-allele-revision"] == "1", "the revision before is served instead"
+        refused = answers["never-right"]
+        assert refused.status == 409 and "probe on this replica: Gap" in refused.json["error"]["message"]
+    assert service.complete("styles/never-right@1").status == 200, "who names a revision gets it"
+    metrics = call(f"{service.internal}/metrics").body.decode()
+    assert 'allele_gateway_probes_total{verdict="Gap"} 2.0' in metrics, "each is probed once"

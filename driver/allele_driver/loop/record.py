@@ -12,6 +12,7 @@ from allele.protocol.bundle import RunBundle
 from allele.protocol.commands import TrainerSetting
 from allele.store import BaseRef, DataRange, Fact, Index, Provenance, SamplingRef, ShapeRef, Versions
 from allele_driver.algorithms import loss_spec
+from allele_driver.exposure import gate_of
 from allele_driver.loop.resume import optimizer_spec
 from allele_driver.loop.rollout import ActivePart
 from allele_driver.loop.setup import Base
@@ -92,6 +93,7 @@ def provenance(
             "overrides": _overrides(active, members),
         },
         probes=active.probes,
+        gate=gate_of(bundle),
         seconds=dict(seconds),
         time=datetime.now(UTC),
     )

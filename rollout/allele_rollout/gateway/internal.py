@@ -45,8 +45,11 @@ def internal_app(gateway: Gateway) -> web.Application:
         wanted = await _body(request, ProbeRequest)
         async with gateway.batch_bound.place():
             reply = await probe(wanted, populations=gateway.populations, sampler=gateway.sampler)
+        population = await gateway.populations.get(wanted.namespace, wanted.population)
         for result in reply.results:
             gateway.metrics.probes.labels(result.verdict).inc()
+            if result.verdict == "Passed":
+                gateway.proofs.passed(await population.committed(result.member, result.revision))
         return _json(reply)
 
     async def on_status(_: web.Request) -> web.Response:

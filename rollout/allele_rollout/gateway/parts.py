@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
@@ -25,6 +26,8 @@ from allele_rollout.gateway.dispatch import Bound, Dispatcher
 from allele_rollout.gateway.metrics import GatewayMetrics
 from allele_rollout.gateway.peers import Peers
 from allele_rollout.gateway.populations import Populations
+from allele_rollout.gateway.probe import own_probe
+from allele_rollout.gateway.proofs import Proofs
 from allele_rollout.gateway.publisher import Bulk, Native, Publisher, PublishPath
 from allele_rollout.gateway.residency import Residency
 from allele_rollout.gateway.sampler import Sampler
@@ -62,6 +65,11 @@ class Gateway:
             forget_absent=s.tail_seconds,
             clock=time.monotonic,
         )
+        self.proofs = Proofs(
+            functools.partial(own_probe, populations=self.populations, sampler=self.sampler),
+            on_verdict=lambda verdict: self.metrics.probes.labels(verdict).inc(),
+            clock=time.monotonic,
+        )
         self.tenant_bound = Bound(s.requests)
         self.batch_bound = Bound(s.batches)
         self.residency: Residency | None = None
@@ -87,6 +95,7 @@ class Gateway:
 
     async def _attach(self) -> None:
         """The engine has started: choose how to publish, take out what is not ours, put in what is."""
+        self.proofs.forget()
         self.native_reason = self._no_arena() or await self.engine.bulk()
         path: PublishPath = "Native" if self.native_reason else "Bulk"
         strangers = await self.engine.adapters()

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _VERSION_WAIT = 15.0
 """Seconds to wait for a catalogue version that a request demands; the log is consistent, so it is there at once or
 never."""
+_CONFIGS = 100_000
 OWNER_EVERY = 10
 """Rounds of tailing between looks at whose folder a population's is."""
 
@@ -47,6 +48,8 @@ class Population:
         self._uid = uid
         self._base_name = base_name
         self._provenance: dict[str, Provenance] = {}
+        self._configs: dict[tuple[str, str], bytes] = {}
+        """adapter_config.json by provenance and group: a resident adapter is served without asking the store."""
         self._tail = asyncio.Lock()
         self.gone = False
         """Bytes were missing, and the folder is another population's now, or nobody's."""
@@ -128,20 +131,27 @@ class Population:
 
     async def _adapter(self, fact: Fact) -> Adapter:
         name = self._name(fact.member, fact.revision)
-        weights = fact.weights
-        spec = (await self.provenance(fact)).shapes.get(fact.group)
-        if weights is None or spec is None:
-            raise NotFound(
-                f"{name}: expected bytes, and the shape of group {fact.group!r}, with the revision; found none"
-            )
-        config = adapter_config(
-            AdapterShape(tensors=(), rank=spec.stored_rank, targets=spec.targets, dtype="F32"),
-            scale=spec.scale,
-            base_name=self._base_name,
-        )
+        if fact.weights is None:
+            raise NotFound(f"{name}: expected bytes with the revision, found none")
+        return Adapter(name, fact.weights, await self._config(fact), shelf=self)
 
-        text = json.dumps(config, sort_keys=True).encode()
-        return Adapter(name, weights, text, shelf=self)
+    async def _config(self, fact: Fact) -> bytes:
+        key = (fact.provenance or "", fact.group or "")
+        if key not in self._configs:
+            spec = (await self.provenance(fact)).shapes.get(fact.group)
+            if spec is None:
+                name = self._name(fact.member, fact.revision)
+                raise NotFound(f"{name}: expected the shape of group {fact.group!r} with the revision, found none")
+            config = adapter_config(
+                AdapterShape(tensors=(), rank=spec.stored_rank, targets=spec.targets, dtype="F32"),
+                scale=spec.scale,
+                base_name=self._base_name,
+            )
+            text = json.dumps(config, sort_keys=True).encode()
+            self._configs[key] = next((c for c in self._configs.values() if c == text), text)
+            while len(self._configs) > _CONFIGS:
+                self._configs.pop(next(iter(self._configs)))
+        return self._configs[key]
 
     async def read(self, ranges: Sequence[ByteRange]) -> list[bytes | ProtocolError]:
         """The bytes of each range, or why there are none; neighbours in one request."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from allele.protocol.commands import ProbeSequence
 from allele.protocol.errors import Overloaded, ProtocolError, Unavailable
-from allele.protocol.serving import ProbeReply, ProbeRequest, ProbeResult, Target
+from allele.protocol.serving import Gate, ProbeReply, ProbeRequest, ProbeResult, Target
 from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.populations import Population, Populations
 from allele_rollout.gateway.sampler import Outcome, Row, Sampler
@@ -49,6 +49,23 @@ async def probe(
     scores = await _scores(wanted, sampler)
     results = tuple(_result(t, probes[t], scores, request) for t in request.targets)
     return ProbeReply(results=results, seconds=clock() - begun)
+
+
+async def own_probe(adapter: Adapter, *, populations: Populations, sampler: Sampler) -> ProbeResult | None:
+    """The verdict on one revision by the gate that its driver had; None: no probe was stored with it."""
+    name = adapter.name
+    population = await populations.get(name.namespace, name.population)
+    fact = population.fact(name.member, name.revision or 0)
+    if not fact.probe:
+        return None
+    request = ProbeRequest(
+        namespace=name.namespace,
+        population=name.population,
+        version=population.version,
+        targets=(Target(member=name.member, revision=name.revision or 0),),
+        gate=(await population.provenance(fact)).gate or Gate(),
+    )
+    return (await probe(request, populations=populations, sampler=sampler)).results[0]
 
 
 async def stored_probe(population: Population, target: Target) -> Probe:

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from allele.protocol.adapters import parse_model
-from allele.protocol.errors import DigestMismatch, InvalidRequest, NotFound, ProtocolError, Unavailable
+from allele.protocol.errors import DigestMismatch, InvalidRequest, NotExposed, NotFound, ProtocolError, Unavailable
 from allele_rollout.gateway.adapter import Adapter
 from allele_rollout.gateway.client import EngineGone, read_whole, refusal
 from allele_rollout.gateway.openai import engine_body, engine_refusal
@@ -81,8 +81,10 @@ async def _turn(gateway: Gateway, model: str, *, cost: int) -> AsyncIterator[tup
     for adapter in adapters:
         async with AsyncExitStack() as stack:
             try:
+                if "@" not in model:
+                    await gateway.proofs.require(adapter)
                 name = await stack.enter_async_context(gateway.dispatcher.turn(adapter, cost=cost))
-            except DigestMismatch as e:
+            except (DigestMismatch, NotExposed) as e:
                 if adapter is adapters[-1]:
                     raise
                 _log.error("Serving the revision before: %s", e)
