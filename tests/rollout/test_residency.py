@@ -28,6 +28,7 @@ from allele_rollout.gateway.publisher import Bulk, Native, Publisher
 from allele_rollout.gateway.residency import Residency
 from allele_rollout.gateway.sampler import Row, Sampler
 from allele_rollout.gateway.source import Source
+from allele_rollout.gateway.together import Together
 
 Way = Literal["Bulk", "Native"]
 both = pytest.mark.parametrize("way", ["Bulk", "Native"])
@@ -43,6 +44,8 @@ class Rules:
         self.calls: list[list[str | None]] = []
         self.gone = False
         self.refused: set[str] = set()
+        self.removing = asyncio.Event()
+        self.removing.set()
         self.truth: dict[str, bytes] = {}
         """Bytes by the name that must have them."""
 
@@ -80,6 +83,8 @@ class Rules:
         for name, where in rows.items():
             self._add(name, where)
             self.check(name)
+        if remove:
+            await self.removing.wait()
         for name in remove:
             assert not self.used[name], f"{name} was removed while in use"
             self.loaded.pop(name, None)
@@ -200,6 +205,41 @@ async def test_what_is_asked_together_is_read_and_published_together(tmp_path: P
     assert shelf.batches == [256] and rules.upserts <= 3
     await asyncio.gather(*(use(rules, tier, shelf[i]) for i in range(256, 512)))
     assert rules.upserts <= 10, "evictions went one by one"
+
+
+async def test_what_is_asked_for_again_while_it_leaves_waits_until_it_has_left(tmp_path: Path) -> None:
+    rules = Rules()
+    shelf, tier = Shelf(rules, damaged=frozenset({1}), pages=2), residency(rules, tmp_path, way="Bulk", places=4)
+    for i in (2, 0, 4):  # a page each, and one is free
+        await use(rules, tier, shelf[i])
+    rules.removing.clear()
+    with pytest.raises(DigestMismatch):
+        await use(rules, tier, shelf[1])  # two pages, for which one of them has to leave
+    (gone,) = [i for i in (2, 0, 4) if shelf[i].engine_name in tier._leaving]
+    again = asyncio.create_task(use(rules, tier, shelf[gone]))
+    await asyncio.sleep(0.05)
+    assert not again.done()
+    rules.removing.set()
+    await again
+    await asyncio.gather(*(use(rules, tier, shelf[i]) for i in (0, 2, 4, 6)))
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_nothing_stays_behind_that_comes_as_a_batch_ends(turns: int) -> None:
+    done: list[int] = []
+
+    async def work(items: list[int]) -> None:
+        await asyncio.sleep(0)
+        done.extend(items)
+
+    together = Together(work)
+    for i in range(20):
+        together.add(i)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert sorted(done) == list(range(20))
 
 
 @both
