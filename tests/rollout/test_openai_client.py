@@ -175,6 +175,12 @@ def test_a_field_out_of_bounds_is_a_bad_request_that_names_it(
     assert bad.value.type == "invalid_request_error" and param in bad.value.message
 
 
+def test_a_null_counts_as_absent(client: openai.OpenAI) -> None:
+    nulls: Any = dict.fromkeys(("n", "temperature", "stop", "logprobs", "stream", "tools", "seed"))
+    answer = client.chat.completions.create(model="styles/a", messages=MESSAGES, max_tokens=2, **nulls)
+    assert len(answer.choices) == 1
+
+
 def test_more_logprobs_than_the_vocabulary_has_do_not_reach_the_engine(client: openai.OpenAI) -> None:
     """48 tokens; SGLang's scheduler ends itself over 49."""
     with pytest.raises(openai.BadRequestError) as bad:

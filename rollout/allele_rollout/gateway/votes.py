@@ -31,9 +31,7 @@ class Side:
 
 def normalised(text: str) -> str:
     """The form in which answers are compared: compatible characters, case and white space make no difference."""
-    # Folding case can undo the normal form, so it stands between two of it.
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def majority(answers: Sequence[Answer]) -> list[Side]:
