@@ -302,7 +302,8 @@ class Run:
         if step <= self._spec.stop.steps:
             members = self._roster.sampled(step, ready=self._current.keys() - self._failures.stopped.keys())
             targets = [Target(member=m.name, revision=self._current[m.name]) for m in members]
-            self._with.announcer.announce(targets, version=version, step_seconds=seconds)
+            if targets:
+                self._with.announcer.announce(targets, version=version, step_seconds=seconds)
 
     def _probe_waiting(self) -> None:
         """Probe what an earlier driver committed and did not live to expose."""
