@@ -61,18 +61,30 @@ class Operator:
 
 
 @pytest.fixture
-def operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
-    monkeypatch.setattr(reporting.Reporting.__init__, "__kwdefaults__", _SOON)
+def operator() -> Iterator[Operator]:
     found = Operator()
     yield found
     found.close()
 
 
-_SOON = {**reporting.Reporting.__init__.__kwdefaults__, "every": 0.5, "look": 0.05}
+@pytest.fixture
+def report_every(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets how often gateways report that start from now on."""
+
+    def set_seconds(seconds: float) -> None:
+        usual = reporting.Reporting.__init__.__kwdefaults__
+        monkeypatch.setattr(reporting.Reporting.__init__, "__kwdefaults__", {**usual, "every": seconds, "look": 0.05})
+
+    set_seconds(0.5)
+    return set_seconds
 
 
 def test_what_is_loaded_is_told_and_the_token_is_read_anew(
-    gateway: Start, population: StoredPopulation, operator: Operator, tmp_path: Path
+    gateway: Start,
+    population: StoredPopulation,
+    operator: Operator,
+    report_every: Callable[[float], None],
+    tmp_path: Path,
 ) -> None:
     token = tmp_path / "token"
     token.write_text("first\n")
@@ -89,7 +101,7 @@ def test_what_is_loaded_is_told_and_the_token_is_read_anew(
 
 @pytest.mark.parametrize("how", ["absent", "refusing"])
 def test_nobody_who_listens_holds_nothing_up(
-    gateway: Start, population: StoredPopulation, operator: Operator, how: str
+    gateway: Start, population: StoredPopulation, operator: Operator, report_every: Callable[[float], None], how: str
 ) -> None:
     operator.refusing = True
     service = gateway(report=operator.url if how == "refusing" else f"http://127.0.0.1:{free_port()}")
@@ -102,8 +114,13 @@ def test_nobody_who_listens_holds_nothing_up(
         assert operator.wait(lambda _, r: True).status.tiers[0].adapters == 1, "the next report says it all"
 
 
-def test_an_engine_that_is_away_is_told_at_once(gateway: Start, operator: Operator) -> None:
-    dead = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(AssertionError, match="did not become healthy"):
-        gateway(report=operator.url, engine=dead)
-    assert operator.reports[-1][1].status.engine == "Starting"
+def test_an_engine_that_has_started_is_told_at_once(
+    gateway: Start, operator: Operator, report_every: Callable[[float], None]
+) -> None:
+    report_every(3600)
+    gateway(report=operator.url)
+    until = time.monotonic() + 10
+    while operator.reports[-1][1].status.engine != "Ready":
+        assert time.monotonic() < until, operator.reports
+        time.sleep(0.05)
+    assert operator.reports[0][1].status.engine == "Starting"

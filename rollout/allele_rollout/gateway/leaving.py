@@ -18,8 +18,8 @@ from aiohttp import web
 
 _log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-_WORK = frozenset({"chat_completions", "completions", "generate", "probe", "models"})
-"""Routes whose requests are waited for."""
+_ASIDE = frozenset({"healthz", "status", "metrics", "prefetch", "drained"})
+"""Routes whose requests are not waited for; nobody asks the engine for them, or the end itself is what they ask for."""
 
 
 class Leaving:
@@ -66,7 +66,7 @@ class Leaving:
         route = request.match_info.route.name
         if self._begun and route == "healthz":
             return web.json_response({"leaving": True}, status=503)
-        if route not in _WORK:
+        if route in _ASIDE:
             return await handler(request)
         self._under_way += 1
         self._idle.clear()
@@ -80,3 +80,4 @@ class Leaving:
     async def _last_on_its_connection(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._begun:
             response.force_close()
+            response.headers["Connection"] = "close"  # the headers are made already, without it
