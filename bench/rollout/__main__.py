@@ -41,23 +41,23 @@ def main() -> None:
     if wrong := set(args.only) - set(PARTS):
         sys.exit(f"--only: expected some of {', '.join(PARTS)}, found {', '.join(sorted(wrong))}")
     report = Report("rollout", {k: v for k, v in vars(args).items() if k != "out"} | {"time": "wall seconds"})
-    _say("starting two engines")
-    with engine(slots=args.slots, bare=False) as url, engine(slots=args.slots, bare=True) as bare:
-        if "publish" in args.only:
-            _say("publish")
-            publish.measure(report, url, bare, slots=args.slots, counts=args.publish, rounds=args.rounds)
-        if "grouping" in args.only:
-            _say("by adapter against interleaved")
-            grouping.measure(
-                report, url, bare, slots=args.slots, rows=args.rows, tokens=args.tokens, rounds=args.rounds
-            )
-        load = {"slots": args.slots, "clients": args.clients, "seconds": args.seconds, "tokens": args.tokens}
+    load = {"slots": args.slots, "clients": args.clients, "seconds": args.seconds, "tokens": args.tokens}
+    with engine(slots=args.slots, bare=False) as url:
+        with engine(slots=args.slots, bare=True) as bare:
+            if "publish" in args.only:
+                _say("publish")
+                publish.measure(report, url, bare, slots=args.slots, counts=args.publish, rounds=args.rounds)
+            if "grouping" in args.only:
+                _say("by adapter against interleaved")
+                shape = {"slots": args.slots, "rows": args.rows, "tokens": args.tokens, "rounds": args.rounds}
+                grouping.measure(report, url, bare, **shape)
+            if "storm" in args.only:
+                _say("publish storm")
+                storm.measure(report, url, bare, count=max(args.publish), **load)
         if "first-token" in args.only:
             _say("first tokens")
-            first_token.measure(report, url, bare, delay=args.delay, **load)
-        if "storm" in args.only:
-            _say("publish storm")
-            storm.measure(report, url, bare, count=max(args.publish), **load)
+            with engine(slots=args.slots, bare=True, delay=args.delay) as slow:
+                first_token.measure(report, url, slow, delay=args.delay, **load)
     if "hits" in args.only:
         _say("hit ratios")
         hits.measure(report)

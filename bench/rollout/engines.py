@@ -20,6 +20,7 @@ import torch
 from allele.format import AdapterShape
 from allele_rollout.engine import cpu
 from allele_rollout.engine.launch import EngineSettings, command, environment
+from bench.rollout import slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BASE = ROOT / "examples/preferences/base"
@@ -29,10 +30,11 @@ PROMPT = (13, 4, 6, 3, 5, 2)
 
 
 @contextlib.contextmanager
-def engine(*, slots: int, bare: bool) -> Iterator[str]:
+def engine(*, slots: int, bare: bool, delay: float = 0.0) -> Iterator[str]:
     """URL of an engine with `slots` adapters beside the base in a batch; `bare`: without our plugins.
 
-    Without an accelerator the bare one keeps the plugin that lets SGLang run there at all.
+    Without an accelerator the bare one keeps the plugin that lets SGLang run there at all. `delay`: seconds that it
+    waits when it reads an adapter.
     """
     accelerator = torch.accelerator.is_available()
     port = free_port()
@@ -41,8 +43,13 @@ def engine(*, slots: int, bare: bool) -> Iterator[str]:
     if bare:
         environ["SGLANG_PLUGINS"] = "none" if accelerator else cpu.PLUGIN
     words = command(settings, python=sys.executable, accelerator=accelerator)
+    if delay:
+        words[words.index("sglang.launch_server")] = slow.__name__
+        environ[slow.DELAY] = str(delay)
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environ)
+        process = subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environ, cwd=ROOT
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, pathlib.Path(log.name))

@@ -35,13 +35,12 @@ async def traffic(ask: Ask, *, adapters: int, clients: int, seconds: float, seed
 
 
 async def ours(
-    url: str, *, slots: int, adapters: int, clients: int, seconds: float, tokens: int, delay: float
+    url: str, *, slots: int, adapters: int, host: int, clients: int, seconds: float, tokens: int, delay: float
 ) -> list[float]:
     shelf = Shelf(delay)
     known = [shelf.adapter(i) for i in range(adapters)]
-    capacity = 2 * adapters * pages(SHAPE.packed_bytes)
     async with (
-        gateway(url, slots=slots, capacity=capacity) as (_, _, dispatcher),
+        gateway(url, slots=slots, capacity=host * pages(SHAPE.packed_bytes)) as (_, _, dispatcher),
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3)) as session,
     ):
 
@@ -54,9 +53,9 @@ async def ours(
         return await traffic(ask, adapters=adapters, clients=clients, seconds=seconds, seed=1)
 
 
-async def theirs(url: str, *, adapters: int, clients: int, seconds: float, tokens: int, delay: float) -> list[float]:
+async def theirs(url: str, *, adapters: int, host: int, clients: int, seconds: float, tokens: int) -> list[float]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        bare = BareEngine(url, pathlib.Path(folder), delay=delay)
+        bare = BareEngine(url, pathlib.Path(folder), capacity=host)
         for i in range(adapters):
             bare.export(i)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
@@ -64,26 +63,28 @@ async def theirs(url: str, *, adapters: int, clients: int, seconds: float, token
 
             async def ask(i: int) -> float:
                 begun = time.monotonic()
-                first, _ = await first_token(session, url, await bare.name(i), tokens=tokens)
+                async with bare.use(i) as name:
+                    first, _ = await first_token(session, url, name, tokens=tokens)
                 return first - begun
 
             found = await traffic(ask, adapters=adapters, clients=clients, seconds=seconds, seed=1)
-        for i in range(adapters):
-            await bare.name(i)
+        for i in bare.loaded:
             await bare.unload(i)
         await bare.client.close()
     return found
 
 
 def measure(
-    report: Report, url: str, bare_url: str, *, slots: int, clients: int, seconds: float, tokens: int, delay: float
+    report: Report, url: str, slow_url: str, *, slots: int, clients: int, seconds: float, tokens: int, delay: float
 ) -> None:
+    """Both keep as many adapters in memory as there are slots. Any other takes `delay` to be read: by our gateway from
+    the store, by the bare engine from its folder."""
     for factor in (0.5, 1, 2, 4, 8):
         adapters = int(factor * slots)
-        load = {"adapters": adapters, "clients": clients, "seconds": seconds, "tokens": tokens, "delay": delay}
+        load = {"adapters": adapters, "host": slots, "clients": clients, "seconds": seconds, "tokens": tokens}
         both = {
-            "allele": asyncio.run(ours(url, slots=slots, **load)),  # type: ignore[arg-type]
-            "bare": asyncio.run(theirs(bare_url, **load)),  # type: ignore[arg-type]
+            "allele": asyncio.run(ours(url, slots=slots, delay=delay, **load)),  # type: ignore[arg-type]
+            "bare": asyncio.run(theirs(slow_url, **load)),  # type: ignore[arg-type]
         }
         for way, found in both.items():
             p50, p95 = np.percentile(found, [50, 95])

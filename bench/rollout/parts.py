@@ -9,6 +9,7 @@ import json
 import pathlib
 import tempfile
 import time
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -79,40 +80,65 @@ async def gateway(
 
 
 class BareEngine:
-    """What a client without a gateway does: one call an adapter, from PEFT folders on a tmpfs."""
+    """What a client does without a gateway: one call an adapter, from PEFT folders on a tmpfs.
 
-    def __init__(self, url: str, folder: pathlib.Path, *, delay: float = 0.0) -> None:
+    It keeps at most `capacity` adapters in the engine; the least recently used of the idle ones leaves. Requests go to
+    the engine as they come.
+    """
+
+    def __init__(self, url: str, folder: pathlib.Path, *, capacity: int | None = None) -> None:
         self.client = EngineClient(url, timeout=600)
         self._folder = folder
-        self._delay = delay
-        self._loads: dict[int, asyncio.Future[None]] = {}
-
-    def export(self, i: int) -> pathlib.Path:
-        """The folder of an adapter, made on first use."""
-        path = self._folder / str(i)
-        if not path.exists():
-            export_peft(random_adapter(i), path, shape=SHAPE, scale=SCALE, base_name="tiny")
-        return path
-
-    async def name(self, i: int) -> str:
-        """The engine's name of an adapter, loaded by the first who asks."""
-        flight = self._loads.get(i)
-        if flight is None:
-            flight = self._loads[i] = asyncio.ensure_future(self._load(i))
-        await asyncio.shield(flight)
-        return f"m{i}"
+        self._capacity = capacity
+        self._loads: OrderedDict[int, asyncio.Task[None]] = OrderedDict()
+        self._users: Counter[int] = Counter()
+        self._idle = asyncio.Condition()
 
     @property
     def loaded(self) -> frozenset[int]:
         return frozenset(self._loads)
 
+    def export(self, i: int) -> None:
+        export_peft(random_adapter(i), self._folder / str(i), shape=SHAPE, scale=SCALE, base_name="tiny")
+
+    async def name(self, i: int) -> str:
+        """The engine's name of an adapter, loaded by the first who asks."""
+        async with self.use(i) as name:
+            return name
+
+    @contextlib.asynccontextmanager
+    async def use(self, i: int) -> AsyncIterator[str]:
+        """Loaded for as long as the block runs."""
+        async with self._idle:
+            if i not in self._loads:
+                await self._idle.wait_for(lambda: i in self._loads or self._victim() is not None or self._has_room())
+            if i not in self._loads:
+                victim = None if self._has_room() else self._victim()
+                leaving = None if victim is None else self._loads.pop(victim)
+                self._loads[i] = asyncio.create_task(self._load(i, None if leaving is None else victim))
+            self._loads.move_to_end(i)
+            self._users[i] += 1
+        try:
+            await asyncio.shield(self._loads[i])
+            yield f"m{i}"
+        finally:
+            async with self._idle:
+                self._users[i] -= 1
+                self._idle.notify_all()
+
     async def unload(self, i: int) -> None:
         del self._loads[i]
         await self.client.unload(f"m{i}")
 
-    async def _load(self, i: int) -> None:
-        if self._delay:
-            await asyncio.sleep(self._delay)
+    def _has_room(self) -> bool:
+        return self._capacity is None or len(self._loads) < self._capacity
+
+    def _victim(self) -> int | None:
+        return next((i for i in self._loads if not self._users[i]), None)
+
+    async def _load(self, i: int, victim: int | None) -> None:
+        if victim is not None:
+            await self.client.unload(f"m{victim}")
         await self.client.load(f"m{i}", str(self._folder / str(i)))
 
 
