@@ -8,7 +8,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from allele.protocol.progress import Progress
-from allele.protocol.serving import GatewayReport, GatewayStatus
+from allele.protocol.serving import GatewayReport
 
 
 class Reports:
@@ -20,7 +20,7 @@ class Reports:
     def __init__(self, show: Callable[[Progress], None], *, say: Callable[[str], None]) -> None:
         self.token = secrets.token_urlsafe(32)
         self.last: Progress | None = None
-        self.gateway: GatewayStatus | None = None
+        self._native = ""
         self._show = show
         self._say = say
         self._runner: web.AppRunner | None = None
@@ -47,10 +47,10 @@ class Reports:
     async def _gateway(self, request: web.Request) -> web.Response:
         if not self._trusted(request):
             return _denied()
-        before = self.gateway.publish_path_message if self.gateway else ""
-        self.gateway = GatewayReport.model_validate_json(await request.read()).status
-        if self.gateway.publish_path_message not in ("", before):
-            self._say(f"adapters are published one by one: {self.gateway.publish_path_message}")
+        why = GatewayReport.model_validate_json(await request.read()).status.publish_path_message
+        if why not in ("", self._native):
+            self._say(f"adapters are published one by one: {why}")
+        self._native = why
         return web.Response(status=204)
 
     def _trusted(self, request: web.Request) -> bool:
