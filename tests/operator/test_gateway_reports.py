@@ -43,9 +43,12 @@ def report(team: Team, replica: str, *, pool: str = "pool", hot: int = 2, native
 def rollouts(team: Team, pool: str = "pool", *, n: int = 2) -> list[str]:
     selector = f"allele.dev/pool={pool},allele.dev/role=rollout"
 
+    def is_ready(pod: dict[str, Any]) -> bool:  # one that has just been made has no conditions
+        return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
+
     def ready() -> list[str]:
         pods = team.items("pod", selector)
-        up = [p for p in pods if any(c["type"] == "Ready" and c["status"] == "True" for c in p["status"]["conditions"])]
+        up = [p for p in pods if is_ready(p)]
         return sorted(names(up)) if len(up) == len(pods) == n else []
 
     return list(until(f"{n} rollouts of {pool}", ready, seconds=240))
