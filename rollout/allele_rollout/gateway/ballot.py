@@ -44,7 +44,7 @@ async def hold_vote(
         async with gateway.tenant_queue.place():
             try:
                 gateway.watch.require()
-                async with served(gateway, path, scored, member) as one:
+                async with served(gateway, path, {**scored, "model": member}) as one:
                     reply = json.loads(await one.response.read())
                 return Ballot(_answer(member, reply["choices"][0]), reply, one.revision)
             except ProtocolError as e:

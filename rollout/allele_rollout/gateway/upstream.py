@@ -29,10 +29,13 @@ class Served:
 
 
 @asynccontextmanager
-async def served(gateway: Gateway, path: str, body: dict[str, Any], model: str) -> AsyncIterator[Served]:
-    """The answer of `model` to `body`. Leaving the block before its end cancels the request at the engine."""
+async def served(gateway: Gateway, path: str, body: dict[str, Any]) -> AsyncIterator[Served]:
+    """The answer of the body's `model`. Leaving the block before its end cancels the request at the engine.
+
+    The engine reads an adapter's name out of a `model` with a colon, so it sees no other than the one resolved here.
+    """
     for attempt in (1, 2):
-        async with _resolved(gateway, model) as (name, revision):
+        async with _resolved(gateway, body["model"]) as (name, revision):
             response = await _forward(gateway, path, engine_body(body, name))
             try:
                 if response.status == 200:
