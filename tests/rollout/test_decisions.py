@@ -48,9 +48,7 @@ def test_verdicts(served: list[float | None], trained: list[float], before: list
 
 
 def test_a_body_loses_what_reaches_other_adapters_and_keeps_the_rest() -> None:
-    sent = (
-        b'{"model": "p/m", "prompt": "x", "lora_path": "x", "rid": "r", "vote": null, "n": null, "min_p": 0, "x": 3}'
-    )
+    sent = b'{"model": "p/m", "prompt": "x", "lora_path": "x", "rid": "r", "vote": null, "n": null, "min_p": 0, "x": 3}'
     body, asked = parse_body(sent, TextRequest)
     kept = {"model": "p/m", "prompt": "x", "min_p": 0, "x": 3}
     assert engine_body(body, "n/p/m@1") == {**kept, "lora_path": "n/p/m@1"}
