@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
 
 import pytest
 
-from allele.protocol.errors import InvalidRequest, NotFound, Overloaded
+from allele.protocol.errors import NotFound, Overloaded
 from allele.protocol.serving import Gate, Target
 from allele.store.facts import Fact
 from allele_rollout.engine.launch import CPU_PATH, EngineSettings, command, environment
 from allele_rollout.gateway.bodies import TextRequest
 from allele_rollout.gateway.exposure import candidates
 from allele_rollout.gateway.generate import completions
-from allele_rollout.gateway.openai import engine_body, error_body, model_page, parse_body
+from allele_rollout.gateway.openai import BadRequest, engine_body, engine_refusal, error_body, model_page, parse_body
 from allele_rollout.gateway.sampler import Row
 from allele_rollout.gateway.settings import GatewaySettings
 from allele_rollout.gateway.verdict import judge
@@ -47,16 +48,45 @@ def test_verdicts(served: list[float | None], trained: list[float], before: list
 
 
 def test_a_body_loses_what_reaches_other_adapters_and_keeps_the_rest() -> None:
-    sent = b'{"model": "p/m", "prompt": "x", "lora_path": "x", "rid": "r", "top_k": 3, "stream": true}'
+    sent = b'{"model": "p/m", "prompt": "x", "lora_path": "x", "rid": "r", "vote": null, "n": null, "min_p": 0, "x": 3}'
     body, asked = parse_body(sent, TextRequest)
-    kept = {"model": "p/m", "prompt": "x", "top_k": 3, "stream": True}
-    assert engine_body(body, "n/p/m@1") == {**kept, "lora_path": "n/p/m@1"} and asked.model == "p/m"
-    assert engine_body(body, None) == kept
-    for wrong in (b"[]", b"{", b'{"model": 3}', b"{}"):
-        with pytest.raises(InvalidRequest):
-            parse_body(wrong, TextRequest)
+    kept = {"model": "p/m", "prompt": "x", "min_p": 0, "x": 3}
+    assert engine_body(body, "n/p/m@1") == {**kept, "lora_path": "n/p/m@1"}
+    assert engine_body(body, None) == kept and asked.n is None
     assert error_body(NotFound("x"))["error"]["code"] == "model_not_found"
     assert error_body(Overloaded("x"))["error"]["type"] == "rate_limit_error"
+
+
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        (b"[]", None),
+        (b"{", None),
+        (b"[" * 100_000, None),
+        (b'{"model": "p/m", "prompt": "x", "top_p": NaN}', None),
+        (b'{"model": 3, "prompt": "x"}', "model"),
+        (b'{"model": "p/m"}', "prompt"),
+        (b'{"model": "p/m", "prompt": [[3], []]}', "prompt"),
+        (b'{"model": "p/m", "prompt": ["x", "y"], "n": 128, "stop": [1]}', "stop"),
+        (b'{"model": "p/m", "prompt": ' + json.dumps(["x"] * 9).encode() + b', "n": 128}', "n"),
+    ],
+)
+def test_a_wrong_body_is_refused_with_the_field_that_is_wrong(sent: bytes, param: str | None) -> None:
+    with pytest.raises(BadRequest) as refused:
+        parse_body(sent, TextRequest)
+    assert refused.value.param == param and len(str(refused.value)) < 500
+
+
+def test_what_the_engine_refuses_names_the_field_and_no_path_of_its_host() -> None:
+    long = (
+        "2 validation errors:\n  {'type': 'value_error', 'loc': ('body', 'messages', 0, 'after[role(), Any]', 'role'), "
+        "'msg': \"Value error, 'role' must be one of 'system'\", 'input': 3}\n\n  File \"/srv/x.py\", line 1"
+    )
+    refused = engine_refusal(long)
+    assert refused.param == "messages" and str(refused) == "messages: 'role' must be one of 'system'"
+    cut = engine_refusal(long[:100])
+    assert cut.param == "messages" and "File" not in str(cut)
+    assert str(engine_refusal("prompt too long")) == "engine: prompt too long"
 
 
 def test_pages_of_models_hold_every_name_once() -> None:
@@ -84,8 +114,8 @@ def test_a_sample_without_finite_logprobs_is_an_error() -> None:
         reason = {"type": kind, "message": "why"}
         return {"output_ids": [7, 7], "meta_info": {"finish_reason": reason, "output_token_logprobs": entries}}
 
-    outcomes = [answer([-1, -2]), answer([-1, math.nan]), answer([None, -1]), answer([-1]), answer([-1, -2], "abort")]
-    good, nan, none, short, aborted = completions([Row(None, (1,))] * 5, outcomes, n=1)["error"]
+    answers = [answer([-1, -2]), answer([-1, math.nan]), answer([None, -1]), answer([-1]), answer([-1, -2], "abort")]
+    good, nan, none, short, aborted = completions([Row(None, (7,))] * 5, answers, n=1)["error"]
     assert good is None
     assert all("expected 2 finite logprobs" in str(e) for e in (nan, none, short))
     assert "why" in str(aborted)

@@ -9,6 +9,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.rollout.rollout_engine import EngineProcess
 from tests.rollout.rollout_parts import Answer, Service, StoredPopulation, call, random_adapter
 
 Start = Callable[..., Service]
@@ -82,6 +83,15 @@ def test_a_member_that_fails_is_left_out_and_named(service: Service) -> None:
 def test_a_vote_fails_when_all_members_do(service: Service) -> None:
     answer = vote(service, "styles/nobody", "styles/noone")
     assert answer.status == 404 and "all 2 members failed" in answer.json["error"]["message"]
+
+
+def test_a_vote_cannot_name_an_adapter_behind_the_gateways_back(service: Service, engine: EngineProcess) -> None:
+    """The engine takes what follows the colon of a `model` for an adapter."""
+    alone = {m: service.complete(f"styles/{m}").json["choices"][0]["text"] for m in ("a", "b")}
+    (loaded,) = (m["id"] for m in call(f"{engine.url}/v1/models").json["data"] if "styles/b@1" in m["id"])
+    answer = vote(service, "styles/a", f"tiny:{loaded}", model=f"tiny:{loaded}")
+    assert answer.status == 200 and answer.json["choices"][0]["text"] == alone["a"] != alone["b"]
+    assert list(answer.json["allele"]["vote"]["failed"]) == [f"tiny:{loaded}"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ async def hold_vote(
 
     async def ballot(member: str) -> Ballot | ProtocolError:
         try:
-            async with served(gateway, path, scored, member) as one:
+            async with served(gateway, path, {**scored, "model": member}) as one:
                 reply = json.loads(one.whole or b"")
             return Ballot(_answer(member, reply["choices"][0]), reply, one.revision)
         except ProtocolError as e:

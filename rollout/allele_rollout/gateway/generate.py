@@ -16,9 +16,9 @@ import pyarrow as pa
 from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.protocol.samples import COMPLETIONS, PROMPTS, Generate, Generated, decode, encode
 from allele_rollout.gateway.adapter import Adapter
-from allele_rollout.gateway.batches import Aborted, Batches
 from allele_rollout.gateway.populations import Populations
 from allele_rollout.gateway.sampler import Outcome, Row, Sampler
+from allele_rollout.gateway.underway import Aborted, Underway
 
 Asked = Row | ProtocolError
 """A row for the engine, or why there is none."""
@@ -29,7 +29,7 @@ async def generate(
     *,
     populations: Populations,
     sampler: Sampler,
-    batches: Batches,
+    underway: Underway,
     place: Callable[[], AbstractAsyncContextManager[None]],
     tells_experts: Callable[[], bool],
     on_sample: Callable[[str], None],
@@ -38,7 +38,7 @@ async def generate(
     """Answer one PROMPTS stream with one COMPLETIONS stream: `n` rows a prompt, in request order."""
     begun = clock()
     header, table = decode(data, Generate, PROMPTS)
-    name = batches.name(header.request_prefix)
+    name = underway.name(header.request_prefix)
 
     async def sample() -> tuple[list[Asked], list[Outcome]]:
         async with place():
@@ -52,7 +52,7 @@ async def generate(
             return asked, [next(served) if isinstance(r, Row) else r for r in asked]
 
     try:
-        asked, outcomes = await batches.run(name, sample())
+        asked, outcomes = await underway.run(name, sample())
     except Aborted as e:
         asked, outcomes = [e] * (len(table) * header.n), [e] * (len(table) * header.n)
     columns = completions(asked, outcomes, n=header.n)

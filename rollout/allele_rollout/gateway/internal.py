@@ -11,18 +11,18 @@ from pydantic import BaseModel, ValidationError
 from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.protocol.samples import MEDIA_TYPE
 from allele.protocol.serving import AbortReply, AbortRequest, GatewayStatus, ProbeRequest
-from allele_rollout.gateway.batches import Batches
 from allele_rollout.gateway.generate import generate
 from allele_rollout.gateway.openapi import internal_document
 from allele_rollout.gateway.parts import Gateway
 from allele_rollout.gateway.probe import probe
+from allele_rollout.gateway.underway import Underway
 
 M = TypeVar("M", bound=BaseModel)
 
 
 def internal_app(gateway: Gateway) -> web.Application:
     app = web.Application(middlewares=[gateway.observe(_error_body)], client_max_size=1 << 30)
-    batches = Batches(gateway.engine)
+    underway = Underway(gateway.engine)
     document = internal_document()
 
     async def on_generate(request: web.Request) -> web.Response:
@@ -30,7 +30,7 @@ def internal_app(gateway: Gateway) -> web.Application:
             await request.read(),
             populations=gateway.populations,
             sampler=gateway.sampler,
-            batches=batches,
+            underway=underway,
             place=gateway.batch_bound.place,
             tells_experts=lambda: gateway.watch.info is not None and gateway.watch.info.experts,
             on_sample=gateway.count_sample,
@@ -39,7 +39,7 @@ def internal_app(gateway: Gateway) -> web.Application:
 
     async def on_abort(request: web.Request) -> web.Response:
         wanted = await _body(request, AbortRequest)
-        return _json(AbortReply(batches=await batches.abort(wanted.prefix)))
+        return _json(AbortReply(batches=await underway.abort(wanted.prefix)))
 
     async def on_probe(request: web.Request) -> web.Response:
         wanted = await _body(request, ProbeRequest)

@@ -34,7 +34,7 @@ def tenant_app(gateway: Gateway) -> web.Application:
                 return web.json_response(reply, headers=_revision(revision))
             async with gateway.tenant_bound.place():
                 gateway.watch.require()
-                async with served(gateway, request.path, body, asked.model) as answer:
+                async with served(gateway, request.path, body) as answer:
                     return await _relay(request, answer)
 
         return handler

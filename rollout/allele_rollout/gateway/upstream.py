@@ -33,15 +33,16 @@ class Served:
 
 
 @asynccontextmanager
-async def served(gateway: Gateway, path: str, body: dict[str, Any], model: str) -> AsyncIterator[Served]:
-    """The answer of `model` to `body`. Leaving the block before its end cancels the request at the engine.
+async def served(gateway: Gateway, path: str, body: dict[str, Any]) -> AsyncIterator[Served]:
+    """The answer of the body's `model`. Leaving the block before its end cancels the request at the engine.
 
-    An engine that dies before it has answered is waited for and asked again.
+    The engine reads an adapter's name out of a `model` with a colon, so it sees no other than the one resolved here. An
+    engine that dies before it has answered is waited for and asked again.
     """
     answered = False
     for attempt in (1, 2):
         try:
-            async with _turn(gateway, model, cost=_sequences(body)) as (name, revision):
+            async with _turn(gateway, body["model"], cost=_sequences(body)) as (name, revision):
                 response = await gateway.engine.forward(path, engine_body(body, name))
                 try:
                     if response.status == 200:

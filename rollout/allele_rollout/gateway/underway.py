@@ -22,7 +22,7 @@ class Aborted(ProtocolError):
     """The batch was given up before its end."""
 
 
-class Batches:
+class Underway:
     """Batches of one gateway, by the prefix of their requests' ids."""
 
     def __init__(self, engine: EngineClient) -> None:
