@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from allele.store.facts import Fact
 from tests.rollout.rollout_parts import (
     PROBES,
     ProbeSequence,
@@ -87,7 +88,15 @@ def test_a_replica_that_was_not_asked_proves_what_is_exposed_before_it_serves_it
         probes=dict.fromkeys(("sound", "other-bytes"), reference(second, PROBES)),
         expose=True,
     )
+    population.commit(
+        {"idle": inert_adapter(), "held": inert_adapter()},
+        probes=dict.fromkeys(("idle", "held"), reference(None, PROBES)),
+        expose=True,
+    )
+    population.add([Fact(kind="Held", member="held", revision=1, reason="rollback")])
     service = gateway()
+    assert service.complete("styles/idle").status == 409
+    assert service.complete("styles/held").status == 200, "a person may go back to what does nothing"
     for _ in range(2):
         answers = {m: service.complete(f"styles/{m}") for m in sound}
         assert answers["sound"].headers["x-allele-revision"] == "2"

@@ -116,6 +116,11 @@ class Population:
             raise NotExposed(f"{where}: the member exists but no revision is exposed yet; name one as {where}@N")
         return [await self.committed(member, r) for r in revisions]
 
+    def is_held(self, member: str, revision: int) -> bool:
+        """Whether a person has set this revision to be served."""
+        hold = self._index.hold(member)
+        return hold is not None and hold.revision == revision
+
     def exposed_members(self) -> Sequence[str]:
         return self._index.exposed_members()
 

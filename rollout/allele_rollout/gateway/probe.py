@@ -52,7 +52,10 @@ async def probe(
 
 
 async def own_probe(adapter: Adapter, *, populations: Populations, sampler: Sampler) -> ProbeResult | None:
-    """The verdict on one revision by the gate that its driver had; None: no probe was stored with it."""
+    """The verdict on one revision by the gate that its driver had; None: no probe was stored with it.
+
+    What a person holds need not differ from its parent: one may go back to a first revision that does nothing yet.
+    """
     name = adapter.name
     population = await populations.get(name.namespace, name.population)
     fact = population.fact(name.member, name.revision or 0)
@@ -65,7 +68,9 @@ async def own_probe(adapter: Adapter, *, populations: Populations, sampler: Samp
         targets=(Target(member=name.member, revision=name.revision or 0),),
         gate=(await population.provenance(fact)).gate or Gate(),
     )
-    return (await probe(request, populations=populations, sampler=sampler)).results[0]
+    (result,) = (await probe(request, populations=populations, sampler=sampler)).results
+    held = result.verdict == "NotMoved" and population.is_held(name.member, result.revision)
+    return result.model_copy(update={"verdict": "Passed"}) if held else result
 
 
 async def stored_probe(population: Population, target: Target) -> Probe:
