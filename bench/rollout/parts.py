@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import pathlib
@@ -71,6 +72,8 @@ async def gateway(
         arena = Arena(pathlib.Path("/dev/shm"), owner=f"bench-{url.rpartition(':')[2]}", capacity=capacity)
         source = Source(DiskTier(pathlib.Path(folder), capacity=0), peers=None, on_read=lambda *_: None)
         residency = Residency(Bulk(client, arena), source, slots=slots, on_event=lambda *_: None)
+        gc.collect()
+        gc.freeze()  # as the gateway's process does
         schedule: Schedule[Any] = Schedule(slots=slots, running=1024, quantum=quantum, patience=5.0)
         try:
             yield client, residency, Dispatcher(schedule, hold=residency.hold, deadline=600)

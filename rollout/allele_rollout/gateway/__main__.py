@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -37,6 +38,9 @@ async def serve(settings: GatewaySettings, stop: asyncio.Event) -> None:
             await runner.setup()
             await web.TCPSite(runner, *address(listen)).start()
             runners.append(runner)
+        # What is there now stays: a full collection would walk all of it, and every request waits meanwhile.
+        gc.collect()
+        gc.freeze()
         await stop.wait()
         await leaving.begin()
         await runners[0].cleanup()

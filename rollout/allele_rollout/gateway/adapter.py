@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,18 +21,24 @@ class Shelf(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """A revision."""
+    """A revision. Two are equal when the engine may serve one for the other."""
 
     name: AdapterName
     weights: ByteRange
     """Of the packed adapter in the store."""
     config: bytes
     """PEFT's adapter_config.json."""
-    shelf: Shelf = dataclasses.field(compare=False, repr=False)
+    shelf: Shelf = dataclasses.field(repr=False)
 
-    @property
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and self.engine_name == other.engine_name
+
+    def __hash__(self) -> int:
+        return hash(self.engine_name)
+
+    @functools.cached_property
     def engine_name(self) -> str:
         """What the engine calls it: with the digests, a population made anew never meets old weights, and the same
         bytes under another alpha are another adapter."""

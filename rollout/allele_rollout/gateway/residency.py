@@ -11,13 +11,11 @@ that come together go out together.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from allele.protocol.adapters import AdapterName
 from allele.protocol.errors import InvalidRequest, ProtocolError
 from allele.residency import TierFull
 from allele_rollout.gateway.adapter import Adapter
@@ -47,7 +45,7 @@ class Residency:
         self._tier = publisher.tier()
         self._resident: dict[str, Adapter] = {}
         """By the engine's name: what is in the tier."""
-        self._newest: dict[AdapterName, Adapter] = {}
+        self._newest: dict[tuple[str, str, str], Adapter] = {}
         """Newest revision in the tier of each member."""
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._flights: dict[str, asyncio.Future[None]] = {}
@@ -55,8 +53,8 @@ class Residency:
         self._arrived: dict[Adapter, bytes] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._turn = asyncio.Lock()
-        self._freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done, and made anew, whenever something is let go."""
+        self._freed: asyncio.Future[None] | None = None
+        """Done when something is next let go; made by the first who waits for that."""
         self._retries: set[asyncio.Task[None]] = set()
         self._fetches = Together(self._fetch, at_once=_FETCHES)
         self._publications = Together(self._publish)
@@ -114,7 +112,7 @@ class Residency:
                     evicted = self._tier.admit(name, size=size, pin=True)
                     break
                 except TierFull:
-                    await asyncio.shield(self._freed)
+                    await asyncio.shield(self._next_freed())
             self._resident[name] = adapter
             self._supersede(adapter)
             for victim in evicted:
@@ -122,7 +120,7 @@ class Residency:
 
     def _supersede(self, adapter: Adapter) -> None:
         """A new revision takes over its member's uses; the one before is the first to go."""
-        member = dataclasses.replace(adapter.name, revision=None)
+        member = _member(adapter)
         before = self._newest.get(member)
         if before is None or (before.name.revision or 0) < (adapter.name.revision or 0):
             self._newest[member] = adapter
@@ -134,8 +132,14 @@ class Residency:
         if not self._tier.pins(name):
             if name not in self._flights:  # its load failed, or it was lost with the engine
                 self._forget(name)
-            self._freed.set_result(None)
+            if self._freed is not None:
+                self._freed.set_result(None)
+                self._freed = None
+
+    def _next_freed(self) -> asyncio.Future[None]:
+        if self._freed is None:
             self._freed = asyncio.get_running_loop().create_future()
+        return self._freed
 
     def _forget(self, name: str) -> None:
         self._tier.remove(name)
@@ -144,7 +148,7 @@ class Residency:
     def _left(self, name: str) -> None:
         """It is no longer in the tier."""
         adapter = self._resident.pop(name)
-        member = dataclasses.replace(adapter.name, revision=None)
+        member = _member(adapter)
         if self._newest.get(member) == adapter:
             del self._newest[member]
         self._recent.pop(name, None)
@@ -199,7 +203,7 @@ class Residency:
             if await self._room(adapter):
                 found[adapter] = self._arrived.pop(adapter)
             else:  # the holes that are left are too small, and all else is in use
-                self._retry(adapter, self._freed)
+                self._retry(adapter, self._next_freed())
         failed: dict[Adapter, ProtocolError] = await self.publisher.load(found) if found else {}
         for adapter in found:
             if adapter in failed:
@@ -247,3 +251,7 @@ class Residency:
                 break
         for name in names:
             self._leaving.pop(name).set_result(None)
+
+
+def _member(adapter: Adapter) -> tuple[str, str, str]:
+    return adapter.name.namespace, adapter.name.population, adapter.name.member
