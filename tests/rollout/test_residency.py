@@ -16,7 +16,7 @@ import pytest
 
 from allele.protocol.adapters import AdapterName
 from allele.protocol.commands import ByteRange
-from allele.protocol.errors import DigestMismatch, InvalidRequest, Overloaded, ProtocolError
+from allele.protocol.errors import DigestMismatch, InvalidRequest, Overloaded, ProtocolError, Unavailable
 from allele.residency import Schedule
 from allele.residency.space import PAGE
 from allele_rollout.gateway.adapter import Adapter
@@ -114,6 +114,8 @@ class Shelf:
     def __init__(self, rules: Rules, *, damaged: frozenset[int] = frozenset(), pages: int = 1) -> None:
         self.reads: Counter[int] = Counter()
         self.batches: list[int] = []
+        self.away = asyncio.Event()
+        self.away.set()
         self._rules = rules
         self._damaged = damaged
         self._pages = pages
@@ -131,6 +133,7 @@ class Shelf:
 
     async def read(self, ranges: Sequence[ByteRange]) -> list[bytes | ProtocolError]:
         self.batches.append(len(ranges))
+        await self.away.wait()
         await asyncio.sleep(0.001)
         for r in ranges:
             self.reads[int(r.path)] += 1
@@ -253,6 +256,41 @@ async def test_what_is_here_does_not_wait_for_what_is_not(way: Way, tmp_path: Pa
         async with asyncio.timeout(5), tier.hold(shelf[0]):
             assert not waiting.done()
     await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_store_that_is_away_does_not_hold_up_what_the_disk_has(tmp_path: Path) -> None:
+    rules = Rules()
+    shelf = Shelf(rules)
+    disk = DiskTier(tmp_path / "disk", capacity=1 << 20)
+    disk.keep(shelf[0].weights.digest, rules.truth[shelf[0].engine_name])
+    tier = residency(rules, tmp_path, way="Bulk", places=16)
+    shelf.away.clear()
+    waiting = []
+    for i in range(1, 10):
+        waiting.append(asyncio.create_task(use(rules, tier, shelf[i])))
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(use(rules, tier, shelf[0]), 5)
+    assert not any(task.done() for task in waiting)
+    shelf.away.set()
+    await asyncio.gather(*waiting)
+
+
+async def test_a_store_that_does_not_answer_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    rules, now = Rules(), 0.0
+    shelf = Shelf(rules)
+    source = Source(
+        DiskTier(tmp_path, capacity=0), peers=None, on_read=lambda *_: None, patience=0.05, clock=lambda: now
+    )
+
+    async def read(i: int) -> bytes | ProtocolError:
+        return [data async for _, data in source.far([shelf[i]])][0]
+
+    shelf.away.clear()
+    assert "no answer within 0.05 s" in str(await read(0))
+    shelf.away.set()
+    assert isinstance(await read(1), Unavailable) and len(shelf.batches) == 1, "it was asked again at once"
+    now = 2.5
+    assert isinstance(await read(1), bytes) and isinstance(await read(2), bytes)
 
 
 @both

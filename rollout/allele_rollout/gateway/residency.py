@@ -26,7 +26,7 @@ from allele_rollout.gateway.together import Together
 
 _log = logging.getLogger(__name__)
 _FETCHES = 4
-"""Batches of bytes on their way at once."""
+"""Batches of bytes on their way at once, from disk and from farther away."""
 _AGAIN = 0.5
 """Seconds until an unload is tried again that the engine did not answer."""
 
@@ -56,7 +56,8 @@ class Residency:
         self._freed: asyncio.Future[None] | None = None
         """Done when something is next let go; made by the first who waits for that."""
         self._retries: set[asyncio.Task[None]] = set()
-        self._fetches = Together(self._fetch, at_once=_FETCHES)
+        self._near = Together(self._fetch_near, at_once=_FETCHES)
+        self._far = Together(self._fetch_far, at_once=_FETCHES)
         self._publications = Together(self._publish)
         self._evictions = Together(self._unload)
 
@@ -166,7 +167,7 @@ class Residency:
         self._flights[adapter.engine_name] = flight
         # For as long as it is on its way, whether or not somebody still waits.
         self._tier.pin(adapter.engine_name, use=False)
-        self._fetches.add(adapter)
+        self._near.add(adapter)
         return flight
 
     def _settle(self, adapter: Adapter, error: BaseException | None) -> None:
@@ -180,22 +181,37 @@ class Residency:
         self._event("loaded" if error is None else "failed", 1)
         self._unpin(name)
 
-    async def _fetch(self, adapters: list[Adapter]) -> None:
+    async def _fetch_near(self, adapters: list[Adapter]) -> None:
+        found: dict[Adapter, bytes] = {}
+        try:
+            found = await self._source.near(adapters)
+        except Exception:
+            _log.exception("Reading %d adapters from disk", len(adapters))
+        for adapter in adapters:
+            if adapter in found:
+                self._arrive(adapter, found[adapter])
+            else:
+                self._far.add(adapter)
+
+    async def _fetch_far(self, adapters: list[Adapter]) -> None:
         left = dict.fromkeys(adapters)
         error: BaseException = ProtocolError("bytes: expected an answer for each adapter, found none")
         try:
-            async for adapter, data in self._source.fetch(adapters):
+            async for adapter, data in self._source.far(adapters):
                 del left[adapter]
                 if isinstance(data, ProtocolError):
                     self._settle(adapter, data)
                 else:
-                    self._arrived[adapter] = data
-                    self._publications.add(adapter)
+                    self._arrive(adapter, data)
         except Exception as e:
             _log.exception("Fetching %d adapters", len(adapters))
             error = e
         for adapter in left:
             self._settle(adapter, error)
+
+    def _arrive(self, adapter: Adapter, data: bytes) -> None:
+        self._arrived[adapter] = data
+        self._publications.add(adapter)
 
     async def _publish(self, adapters: list[Adapter]) -> None:
         found: dict[Adapter, bytes] = {}
