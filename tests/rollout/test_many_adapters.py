@@ -42,6 +42,7 @@ def pause(seconds: float, churn: Churn) -> int:
     """Answers that came meanwhile."""
     before = churn.answers
     time.sleep(seconds)
+    print(f"{seconds:g} s: {churn.answers - before} answers, {dict(churn.outcomes)}")
     return churn.answers - before
 
 

@@ -283,7 +283,7 @@ async def test_a_store_that_does_not_answer_is_left_alone_for_a_while(tmp_path: 
     )
 
     async def read(i: int) -> bytes | ProtocolError:
-        return [data async for _, data in source.far([shelf[i]])][0]
+        return await anext(data async for _, data in source.far([shelf[i]]))
 
     shelf.away.clear()
     assert "no answer within 0.05 s" in str(await read(0))
