@@ -46,6 +46,10 @@ class DiskTier:
     def __len__(self) -> int:
         return len(self._tier)
 
+    def __contains__(self, digest: str) -> bool:
+        """Without looking at the disk."""
+        return digest in self._tier
+
     def get(self, digest: str) -> bytes | None:
         """The bytes with this sha256 (hex), if they are here."""
         with self._lock:

@@ -61,7 +61,8 @@ class Source:
 
     async def near(self, adapters: Sequence[Adapter]) -> dict[Adapter, bytes]:
         """What the disk has of them, with the right digests."""
-        found = await asyncio.to_thread(self._on_disk, {a.weights.digest for a in adapters})
+        kept = {a.weights.digest for a in adapters if a.weights.digest in self._disk}
+        found = await asyncio.to_thread(self._on_disk, kept) if kept else {}
         return {a: found[a.weights.digest] for a in adapters if a.weights.digest in found}
 
     async def far(self, adapters: Sequence[Adapter]) -> AsyncIterator[Found]:
