@@ -28,10 +28,10 @@ from tests.store.proxy import Proxy, Rule
 from tests.store.servers import BUCKET, serve
 
 MEMBERS, HOST, DISK = 256, 48, 128
-WARM = 0.25
-"""Share of the run after which memory counts."""
+WARM = 300.0
+"""Seconds after its start from which a process's memory counts."""
 GROWTH = 0.05
-"""Of memory that is allowed from then on, in each process between two of its starts."""
+"""Share by which it may then grow."""
 
 
 class GatewayProcess:
@@ -72,27 +72,25 @@ class GatewayProcess:
 
 
 class Memory:
-    """Anonymous memory of a process and its children; `grown` compares with when it was warm."""
+    """Memory that a process and its children have to themselves, against what it was when the process was warm."""
 
     def __init__(self) -> None:
-        self._warm: dict[str, int] = {}
+        self._warm: dict[int, int] = {}
+        """By pid."""
 
-    def look(self, what: str, pid: int, *, warm: bool) -> tuple[int, float]:
-        """Bytes now, and the share by which they grew since warm."""
-        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        now = sum(p.memory_full_info().uss for p in tree)
-        if warm:
-            self._warm.setdefault(what, now)
-        return now, now / self._warm.get(what, now) - 1
-
-    def started(self, what: str) -> None:
-        self._warm.pop(what, None)
+    def look(self, pid: int) -> tuple[int, float]:
+        """Bytes now, and the share by which they grew since it was warm."""
+        process = psutil.Process(pid)
+        now = sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True)))
+        if time.time() - process.create_time() > WARM:
+            self._warm.setdefault(pid, now)
+        return now, now / self._warm.get(pid, now) - 1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.rollout.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="length of the run (default: 60)")
-    parser.add_argument("--fault-every", type=float, default=5.0, help="minutes between faults, 0: none (default: 5)")
+    parser.add_argument("--fault-every", type=float, default=8.0, help="minutes between faults, 0: none (default: 8)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
@@ -125,10 +123,8 @@ def soak(arguments: argparse.Namespace, folder: Path, engine: EngineProcess, pro
             fault = dice.choice([kill_engine, kill_gateway, lose_store, damage_disk])
             print(f"{minutes:5.1f} min: {fault.__name__}", flush=True)
             fault(engine, gateway, proxy, folder, dice)
-            for what in {"kill_engine": ["engine"], "kill_gateway": ["gateway"]}.get(fault.__name__, []):
-                memory.started(what)
         before = churn.answers
-        problems += look(memory, engine, gateway, warm=minutes > WARM * min(arguments.minutes, 20))
+        problems += look(memory, engine, gateway)
         problems += churn.check()
         churn.wrong.clear()
         print(f"{minutes:5.1f} min: {before} answers, {dict(churn.outcomes)}, {len(problems)} problems", flush=True)
@@ -141,10 +137,10 @@ def soak(arguments: argparse.Namespace, folder: Path, engine: EngineProcess, pro
     return 1 if problems or not churn.answers else 0
 
 
-def look(memory: Memory, engine: EngineProcess, gateway: GatewayProcess, *, warm: bool) -> list[str]:
+def look(memory: Memory, engine: EngineProcess, gateway: GatewayProcess) -> list[str]:
     found = []
     for what, pid in (("engine", engine.pid), ("gateway", gateway.process.pid)):
-        size, growth = memory.look(what, pid, warm=warm)
+        size, growth = memory.look(pid)
         print(f"           {what}: {size >> 20} MiB, {growth:+.1%} since warm", flush=True)
         if growth > GROWTH:
             found.append(f"{what}: memory grew by {growth:.1%} to {size >> 20} MiB")
