@@ -8,6 +8,14 @@ from __future__ import annotations
 import dataclasses
 
 
+def _check(numbers: Setup | Costs) -> None:
+    """Counts are at least 1, all else at least 0."""
+    for name, value in dataclasses.asdict(numbers).items():
+        least = 1 if isinstance(value, int) else 0
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A replica."""
@@ -40,10 +48,7 @@ class Setup:
     """Seconds to the first token of a warm request beyond which it counts as stalled."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            least = 1 if isinstance(value, int) else 0
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        _check(self)
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"share: expected more than 0 and at most 1, found {self.share}")
 
@@ -74,10 +79,7 @@ class Costs:
     """Factor on a step whose neighbours all have different adapters. Measured, against the same batch grouped."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            least = 1 if isinstance(value, int) else 0
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        _check(self)
 
 
 BULK = Costs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import http.client
@@ -10,7 +11,7 @@ import random
 import threading
 import time
 import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ TEXT = "kbdac="
 TOKENS = 8
 CLOSE = 1e-4
 """Largest difference of logprobs between the engine and the reference, both in float32."""
-LAG = 10.0
-"""Seconds after which a gateway must serve what was exposed: a look at a store that is away takes up to four."""
+LAG = 3.0
+"""Seconds after which a gateway must serve what was exposed."""
+RETURN = 10.0
+"""Seconds after an outage in which it may still wait to ask again, and is not held to that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Churn:
         self._truth = Truth()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
+        self._back = -float("inf")
+        """When the store is back; infinite during an outage."""
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._tokens = Tokenizer.from_file(str(BASE / "tokenizer.json"))
@@ -112,6 +117,15 @@ class Churn:
         for i in range(clients):
             self._run(functools.partial(self._client, random.Random(self._seed * 1000 + i)))
         self._run(functools.partial(self._publisher, random.Random(self._seed), publish_every, publish))
+
+    @contextlib.contextmanager
+    def without_store(self) -> Iterator[None]:
+        """Nothing new can be seen inside the block."""
+        self._back = float("inf")
+        try:
+            yield
+        finally:
+            self._back = time.monotonic()
 
     def stop(self) -> None:
         self._stop.set()
@@ -184,7 +198,8 @@ class Churn:
             return self._refused("complete", answer.status)
         revision = int(answer.headers["x-allele-revision"])
         history = self._exposed[member]
-        least = max((r for at, r in history if at < begun - LAG), default=history[0][1])
+        seen = begun - LAG if begun > self._back + RETURN else -float("inf")
+        least = max((r for at, r in history if at < seen), default=history[0][1])
         if not least <= revision <= self.newest(member) + 1:  # a commit may be seen before its writer says so
             self.wrong.append(f"{member}: served revision {revision}, exposed were {history} at {begun}")
         found: dict[str, Any] = answer.json["choices"][0]["logprobs"]

@@ -7,6 +7,7 @@ the reference of its member and revision, and the memory of both processes must 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import signal
@@ -114,15 +115,16 @@ def soak(arguments: argparse.Namespace, folder: Path, engine: EngineProcess, pro
     population = StoredPopulation(url, namespace="team", name="styles", environ=proxy.environ)
     churn = Churn(gateway.service, population, members=MEMBERS, seed=arguments.seed)
     churn.start(clients=8, publish_every=1.0, publish=16)
-    memory, dice, problems = Memory(), random.Random(arguments.seed), list[str]()
+    memory, problems = Memory(), list[str]()
+    some = Faults(engine, gateway, proxy, folder / "cache", churn, random.Random(arguments.seed))
     begun, faults = time.monotonic(), 0
     while (minutes := (time.monotonic() - begun) / 60) < arguments.minutes:
         time.sleep(30)
         if arguments.fault_every and minutes >= (faults + 1) * arguments.fault_every:
             faults += 1
-            fault = dice.choice([kill_engine, kill_gateway, lose_store, damage_disk])
+            fault = some.any()
             print(f"{minutes:5.1f} min: {fault.__name__}", flush=True)
-            fault(engine, gateway, proxy, folder, dice)
+            fault()
         before = churn.answers
         problems += look(memory, engine, gateway)
         problems += churn.check()
@@ -147,39 +149,39 @@ def look(memory: Memory, engine: EngineProcess, gateway: GatewayProcess) -> list
     return found
 
 
-Fault = Callable[[EngineProcess, GatewayProcess, Proxy, Path, random.Random], None]
+@dataclasses.dataclass
+class Faults:
+    """What is done to a run."""
 
+    engine: EngineProcess
+    gateway: GatewayProcess
+    proxy: Proxy
+    cache: Path
+    churn: Churn
+    dice: random.Random
 
-def kill_engine(
-    engine: EngineProcess, gateway: GatewayProcess, _proxy: Proxy, _folder: Path, _dice: random.Random
-) -> None:
-    engine.kill()
-    engine.start()
-    engine.wait()
-    gateway.service.wait_healthy(seconds=300)
+    def any(self) -> Callable[[], None]:
+        return self.dice.choice([self.kill_engine, self.kill_gateway, self.lose_store, self.damage_disk])
 
+    def kill_engine(self) -> None:
+        self.engine.kill()
+        self.engine.start()
+        self.engine.wait()
+        self.gateway.service.wait_healthy(seconds=300)
 
-def kill_gateway(
-    _engine: EngineProcess, gateway: GatewayProcess, _proxy: Proxy, _folder: Path, _dice: random.Random
-) -> None:
-    gateway.kill()
-    gateway.start()
+    def kill_gateway(self) -> None:
+        self.gateway.kill()
+        self.gateway.start()
 
+    def lose_store(self) -> None:
+        with self.churn.without_store(), self.proxy.rule(Rule(action="answer", times=0, status=503)):
+            time.sleep(60)
 
-def lose_store(
-    _engine: EngineProcess, _gateway: GatewayProcess, proxy: Proxy, _folder: Path, _dice: random.Random
-) -> None:
-    with proxy.rule(Rule(action="answer", times=0, status=503)):
-        time.sleep(60)
-
-
-def damage_disk(
-    _engine: EngineProcess, _gateway: GatewayProcess, _proxy: Proxy, folder: Path, dice: random.Random
-) -> None:
-    for path in (folder / "cache").iterdir():
-        if path.is_file() and dice.random() < 0.5:
-            with path.open("r+b") as f:
-                f.truncate(dice.randrange(1000))
+    def damage_disk(self) -> None:
+        for path in self.cache.iterdir():
+            if path.is_file() and self.dice.random() < 0.5:
+                with path.open("r+b") as f:
+                    f.truncate(self.dice.randrange(1000))
 
 
 if __name__ == "__main__":

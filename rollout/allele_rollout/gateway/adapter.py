@@ -38,6 +38,11 @@ class Adapter:
     def __hash__(self) -> int:
         return hash(self.engine_name)
 
+    @property
+    def member(self) -> tuple[str, str, str]:
+        """Namespace, population and member: the same for all revisions."""
+        return self.name.namespace, self.name.population, self.name.member
+
     @functools.cached_property
     def engine_name(self) -> str:
         """What the engine calls it: with the digests, a population made anew never meets old weights, and the same

@@ -83,7 +83,7 @@ class Dispatcher:
         turn, mine = Turn(), False
         timeout = asyncio.timeout(self._deadline)
         held: AbstractAsyncContextManager[str | None] = nullcontext() if adapter is None else self._hold(adapter)
-        member = None if adapter is None else _member(adapter)
+        member = None if adapter is None else adapter.member
         try:
             async with timeout, held as name:
                 self._schedule.add(turn, adapter=name, member=member, cost=cost, now=begun)
@@ -107,7 +107,3 @@ class Dispatcher:
         for turn in self._schedule.take(self._clock()):
             if not turn.come.done():  # else its caller has just gone, and gives the turn back
                 turn.come.set_result(None)
-
-
-def _member(adapter: Adapter) -> tuple[str, str, str]:
-    return adapter.name.namespace, adapter.name.population, adapter.name.member

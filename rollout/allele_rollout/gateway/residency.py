@@ -121,10 +121,9 @@ class Residency:
 
     def _supersede(self, adapter: Adapter) -> None:
         """A new revision takes over its member's uses; the one before is the first to go."""
-        member = _member(adapter)
-        before = self._newest.get(member)
+        before = self._newest.get(adapter.member)
         if before is None or (before.name.revision or 0) < (adapter.name.revision or 0):
-            self._newest[member] = adapter
+            self._newest[adapter.member] = adapter
             if before is not None:
                 self._tier.supersede(before.engine_name, adapter.engine_name)
 
@@ -149,9 +148,8 @@ class Residency:
     def _left(self, name: str) -> None:
         """It is no longer in the tier."""
         adapter = self._resident.pop(name)
-        member = _member(adapter)
-        if self._newest.get(member) == adapter:
-            del self._newest[member]
+        if self._newest.get(adapter.member) == adapter:
+            del self._newest[adapter.member]
         self._recent.pop(name, None)
 
     def _used(self, name: str) -> None:
@@ -267,7 +265,3 @@ class Residency:
                 break
         for name in names:
             self._leaving.pop(name).set_result(None)
-
-
-def _member(adapter: Adapter) -> tuple[str, str, str]:
-    return adapter.name.namespace, adapter.name.population, adapter.name.member
